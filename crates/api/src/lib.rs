@@ -1,0 +1,3 @@
+//! Types of the public HTTP API and of the agent protocol. Types and nothing else.
+
+pub mod agent;

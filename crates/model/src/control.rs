@@ -1,0 +1,179 @@
+//! Frames between the agent and `vmseal-disk`.
+//!
+//! A frame is a length (u32, little-endian, at most [`MAX_FRAME`]) and that many bytes of JSON; file descriptors
+//! travel with its first byte (SCM_RIGHTS). Two sockets speak it: the *setup* socket a keeper or a job is born with
+//! (fd 3), and the VM's `control.sock`. Format: `docs/formats/disk-control.md`.
+
+use serde::{Deserialize, Serialize};
+
+use crate::id::{DiskId, DomainUuid, VmId};
+
+/// Most bytes of a frame's JSON.
+pub const MAX_FRAME: usize = 1 << 20;
+/// Version of these frames.
+pub const CONTROL_VERSION: u32 = 1;
+/// Bytes of one key slot in the key memory: 96 of payload, the rest zero.
+pub const KEY_SLOT_BYTES: usize = 128;
+/// The descriptor a keeper, worker or job finds its setup socket on.
+pub const SETUP_FD: i32 = 3;
+
+/// What a keeper gets, once, and hands to each worker it starts. It does not look inside.
+///
+/// Descriptors in order: key memory, control listener, directory of libvirt's pid files; then for each disk in order:
+/// data, [`DiskSetup::detached_header`] ? header : nothing, NBD listener.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Setup {
+    /// [`CONTROL_VERSION`].
+    pub version: u32,
+    /// The VM.
+    pub vm: VmId,
+    /// Its libvirt UUID.
+    pub domain: DomainUuid,
+    /// Name of libvirt's pid file of the VM within the directory that was passed.
+    pub pid_file: String,
+    /// Its disks.
+    pub disks: Vec<DiskSetup>,
+}
+
+/// One volume and how it is presented.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DiskSetup {
+    /// The disk; also the NBD export's name.
+    pub disk: DiskId,
+    /// Target device name in the guest, for messages: `vda`.
+    pub target: String,
+    /// Where its payload lies in the key memory: slot × [`KEY_SLOT_BYTES`].
+    pub key_slot: u32,
+    /// Key check of its record, lowercase hexadecimal: a worker with a wrong key stops before the first byte.
+    pub key_check: String,
+    /// 512 or 4096.
+    pub unit_bytes: u32,
+    /// Where data begins in the data descriptor.
+    pub payload_offset: u64,
+    /// Whether a header descriptor follows the data descriptor.
+    pub detached_header: bool,
+    /// Bytes the export shows.
+    pub presented_bytes: u64,
+    /// Whether the file may grow up to the presented size; reads past its end give zeros.
+    pub grows: bool,
+    /// Whether writes are refused.
+    pub read_only: bool,
+    /// Whether a TRIM makes holes; otherwise it is accepted and does nothing.
+    pub discard: bool,
+}
+
+/// What a job process gets as its first frame, with descriptors: key memory, volume data, other file.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct JobSetup {
+    /// [`CONTROL_VERSION`].
+    pub version: u32,
+    /// The volume.
+    pub disk: DiskSetup,
+    /// What to do.
+    pub job: Job,
+    /// Bytes of plaintext it is about.
+    pub bytes: u64,
+    /// Where to begin; everything before is durable already.
+    pub from: u64,
+}
+
+/// What a job does.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Job {
+    /// Clear file → volume.
+    Encrypt,
+    /// Volume → clear file.
+    Decrypt,
+    /// Reads both and compares every byte; answers with the hash.
+    Verify,
+    /// Fills the volume with encrypted zeros (a new raw disk).
+    Zero,
+}
+
+/// What a job says.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "event", rename_all = "kebab-case")]
+pub enum JobEvent {
+    /// Everything before `durable` is written and flushed.
+    Progress {
+        /// Bytes.
+        durable: u64,
+    },
+    /// Finished; the file and the volume are flushed.
+    Done {
+        /// SHA-256 of the plaintext, lowercase hexadecimal; of [`Job::Verify`] only, else empty.
+        sha256: String,
+    },
+    /// Ended; nothing is lost on either side.
+    Failed {
+        /// One line for the administrator.
+        message: String,
+    },
+}
+
+/// What the agent may ask of a worker on `control.sock`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "ask", rename_all = "kebab-case")]
+pub enum ControlRequest {
+    /// Who are you, what do you serve.
+    Status,
+    /// End worker and keeper. Without `force`, refused while a client is connected.
+    Stop {
+        /// End although a client is connected.
+        force: bool,
+    },
+}
+
+/// What a worker answers.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "answer", rename_all = "kebab-case")]
+pub enum ControlReply {
+    /// To [`ControlRequest::Status`].
+    Status(DiskStatus),
+    /// To [`ControlRequest::Stop`]: sent before the end.
+    Stopping,
+    /// Not done.
+    Refused {
+        /// One line for the administrator.
+        message: String,
+    },
+}
+
+/// State of one VM's disk process.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DiskStatus {
+    /// The VM.
+    pub vm: VmId,
+    /// Its libvirt UUID.
+    pub domain: DomainUuid,
+    /// Version of the binary.
+    pub version: String,
+    /// The worker.
+    pub worker_pid: i32,
+    /// Its keeper.
+    pub keeper_pid: i32,
+    /// `memfd_secret` or `mlock`.
+    pub secret_memory: String,
+    /// Its disks.
+    pub disks: Vec<ExportStatus>,
+}
+
+/// State of one export.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ExportStatus {
+    /// The disk.
+    pub disk: DiskId,
+    /// Its target.
+    pub target: String,
+    /// Process that is connected; none if zero.
+    pub client_pid: i32,
+    /// Bytes the volume holds now.
+    pub stored_bytes: u64,
+    /// Bytes read since this worker started.
+    pub read_bytes: u64,
+    /// Bytes written since this worker started.
+    pub written_bytes: u64,
+    /// Connections refused since this worker started.
+    pub refused_clients: u64,
+}
