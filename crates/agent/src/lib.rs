@@ -1,0 +1,9 @@
+//! The agent of one host: unwraps the keys of its VMs, starts the processes that serve their disks, and works for
+//! the server.
+//!
+//! Blocking code on threads; only `session` and `join` know tokio. Binaries: `vmseal-agent`, and `vmseal-hook`,
+//! which libvirt runs and which uses nothing of this library but the frames of `vmseal-model`.
+
+pub mod config;
+pub mod control_frame;
+pub mod ports;
