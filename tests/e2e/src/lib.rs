@@ -1,1 +1,10 @@
-//! Placeholder.
+//! The whole house on one machine: a private libvirtd, server, agent, disks and real guests. What the end-to-end
+//! tests and the demo stand on; no test is in here.
+
+pub mod console;
+pub mod domain;
+pub mod house;
+pub mod lab;
+pub mod libvirtd;
+pub mod scan;
+pub mod shell;

@@ -1,0 +1,68 @@
+# The front desk. `make demo` shows the main job on this machine, `make test` proves the tree; both install what is
+# missing first (tests/lab/setup.sh) and say so.
+
+CARGO ?= cargo
+PROFILE = --release
+BINS = -p vmseal-cli -p vmseal-server -p vmseal-agent -p vmseal-disk
+export CARGO_TERM_COLOR ?= auto
+
+.PHONY: help demo demo-down test test-vectors lint build setup rust nextest bench-start \
+  soak-kills soak-encrypt soak-outages soak-hooks
+
+help:
+	@echo 'make demo          encrypt, boot and recover a VM on this machine; leaves it running'
+	@echo 'make demo-down     stop what the demo left'
+	@echo 'make test          build, then every proof in its small count (15 minutes on 2 cores)'
+	@echo 'make test-vectors  only the published test vectors'
+	@echo 'make soak-NAME     a proof in its full count: kills encrypt outages hooks'
+	@echo 'make bench-start   what encryption adds to virsh start'
+	@echo 'make lint          what CI demands of the source: format, lints, doors, bans'
+	@echo 'make build         the programs, below target/release'
+
+demo: build
+	@$(CARGO) run --quiet $(PROFILE) -p vmseal-e2e --bin demo -- up
+
+demo-down: rust
+	@$(CARGO) run --quiet $(PROFILE) -p vmseal-e2e --bin demo -- down
+
+build: setup rust
+	$(CARGO) build $(PROFILE) --locked $(BINS)
+	$(CARGO) build $(PROFILE) --locked -p vmseal-e2e --bins
+
+# First the rooms, each against real peers; then whole houses with real guests, one at a time (.config/nextest.toml).
+test: build nextest lint
+	$(CARGO) build $(PROFILE) --locked --workspace --all-targets
+	$(CARGO) nextest run $(PROFILE) --locked --workspace
+
+test-vectors: rust nextest
+	@tests/lab/setup.sh build
+	$(CARGO) nextest run $(PROFILE) --locked -p vmseal-keys -p vmseal-xts -p vmseal-luks --success-output final \
+	  -E 'binary(/^vectors/)'
+
+# A soak is the same test with its full count.
+soak-%: build nextest
+	VMSEAL_SOAK=1 $(CARGO) nextest run $(PROFILE) --locked -p vmseal-e2e --profile soak --success-output final \
+	  -E 'test(/^soak_$*/)'
+
+bench-start: build
+	@$(CARGO) run --quiet $(PROFILE) -p vmseal-e2e --bin bench-start
+
+lint: rust
+	$(CARGO) fmt --all --check
+	$(CARGO) clippy $(PROFILE) --locked --workspace --all-targets -- -D warnings
+	$(CARGO) xtask check-doors
+
+setup:
+	@tests/lab/setup.sh
+
+rust:
+	@command -v $(CARGO) >/dev/null || { \
+	  echo 'make: cargo is missing. Rust 1.94 or later is needed: install rustup from your distribution or rustup.rs,' >&2; \
+	  echo '      then run `rustup toolchain install stable`.' >&2; exit 1; }
+	@v=$$(rustc --version | cut -d' ' -f2); \
+	  [ "$$(printf '%s\n1.94.0\n' "$$v" | sort -V | head -1)" = 1.94.0 ] || { \
+	  echo "make: this is Rust $$v, 1.94 or later is needed: run \`rustup update stable\`." >&2; exit 1; }
+
+nextest: rust
+	@$(CARGO) nextest --version >/dev/null 2>&1 || { \
+	  echo 'make: installing cargo-nextest, the test runner, with cargo'; $(CARGO) install --locked cargo-nextest; }

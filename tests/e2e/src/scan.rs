@@ -1,0 +1,229 @@
+//! Looks for secrets where they must not be: files, other processes' memory, core dumps. And asks a disk process who
+//! it is.
+
+use std::{
+    fs,
+    io::{Read, Seek, SeekFrom, Write},
+    os::unix::net::UnixStream,
+    path::{Path, PathBuf},
+    time::Duration,
+};
+
+use vmseal_model::control::{ControlReply, ControlRequest, DiskStatus, MAX_FRAME};
+
+use crate::shell;
+
+/// Asks a worker for its status; `None` if nobody answers.
+pub fn disk_status(socket: &Path) -> Option<DiskStatus> {
+    let mut stream = UnixStream::connect(socket).ok()?;
+    stream.set_read_timeout(Some(Duration::from_secs(5))).ok()?;
+    let ask = serde_json::to_vec(&ControlRequest::Status).ok()?;
+    stream.write_all(&(ask.len() as u32).to_le_bytes()).ok()?;
+    stream.write_all(&ask).ok()?;
+    let mut length = [0u8; 4];
+    stream.read_exact(&mut length).ok()?;
+    let length = u32::from_le_bytes(length) as usize;
+    if length > MAX_FRAME {
+        return None;
+    }
+    let mut answer = vec![0; length];
+    stream.read_exact(&mut answer).ok()?;
+    match serde_json::from_slice(&answer).ok()? {
+        ControlReply::Status(status) => Some(status),
+        _ => None,
+    }
+}
+
+/// Files below a folder that hold any of the needles, with the needle's number. Sockets and devices are passed over.
+pub fn files_with(folder: &Path, needles: &[&[u8]]) -> Vec<(PathBuf, usize)> {
+    let mut found = Vec::new();
+    let mut folders = vec![folder.to_owned()];
+    while let Some(folder) = folders.pop() {
+        for entry in fs::read_dir(&folder).into_iter().flatten().flatten() {
+            let Ok(kind) = entry.file_type() else { continue };
+            if kind.is_dir() {
+                folders.push(entry.path());
+            } else if kind.is_file()
+                && let Ok(file) = fs::File::open(entry.path())
+            {
+                found.extend(stream_with(file, needles).into_iter().map(|n| (entry.path(), n)));
+            }
+        }
+    }
+    found
+}
+
+/// Numbers of the needles that a stream holds.
+pub fn stream_with(mut stream: impl Read, needles: &[&[u8]]) -> Vec<usize> {
+    let overlap = needles.iter().map(|n| n.len()).max().unwrap_or(1).saturating_sub(1);
+    let mut window = Vec::new();
+    let mut chunk = vec![0u8; 1 << 20];
+    let mut found = vec![false; needles.len()];
+    loop {
+        match stream.read(&mut chunk) {
+            Ok(0) => break,
+            Ok(n) => {
+                window.extend_from_slice(&chunk[..n]);
+                mark(&window, needles, &mut found);
+                let cut = window.len().saturating_sub(overlap);
+                window.drain(..cut);
+            }
+            Err(e) if e.kind() == std::io::ErrorKind::Interrupted => {}
+            Err(_) => break,
+        }
+    }
+    (0..needles.len()).filter(|&i| found[i]).collect()
+}
+
+/// Numbers of the needles in a process's readable memory, through /proc/PID/mem.
+pub fn memory_with(pid: i32, needles: &[&[u8]]) -> Vec<usize> {
+    let maps =
+        fs::read_to_string(format!("/proc/{pid}/maps")).unwrap_or_else(|e| panic!("maps of {pid}: {e}"));
+    let mut memory =
+        fs::File::open(format!("/proc/{pid}/mem")).unwrap_or_else(|e| panic!("memory of {pid}: {e}"));
+    let mut found = vec![false; needles.len()];
+    let mut looked = 0u64;
+    for line in maps.lines() {
+        let mut words = line.split_whitespace();
+        let (Some(range), Some(rights)) = (words.next(), words.next()) else { continue };
+        let Some((from, to)) = range.split_once('-') else { continue };
+        let (Ok(from), Ok(to)) = (u64::from_str_radix(from, 16), u64::from_str_radix(to, 16)) else {
+            continue;
+        };
+        if !rights.starts_with('r') || line.ends_with("[vvar]") || line.ends_with("[vsyscall]") {
+            continue;
+        }
+        // Page by page where a mapping cannot be read whole: memfd_secret refuses, its neighbours do not.
+        let mut bytes = vec![0u8; (to - from) as usize];
+        if memory.seek(SeekFrom::Start(from)).is_err() || memory.read_exact(&mut bytes).is_err() {
+            bytes.fill(0);
+            for (i, page) in bytes.chunks_mut(4096).enumerate() {
+                if memory.seek(SeekFrom::Start(from + i as u64 * 4096)).is_ok() {
+                    let _ = memory.read_exact(page);
+                }
+            }
+        }
+        looked += bytes.len() as u64;
+        mark(&bytes, needles, &mut found);
+    }
+    assert!(
+        looked > 64 << 10,
+        "only {looked} bytes of process {pid} could be read: the search proves nothing"
+    );
+    (0..needles.len()).filter(|&i| found[i]).collect()
+}
+
+/// Numbers of the needles in a core dump that gdb takes of a process, register notes included.
+pub fn core_with(pid: i32, folder: &Path, needles: &[&[u8]]) -> Vec<usize> {
+    let prefix = folder.join("core");
+    let outcome = shell::run_within(
+        shell::tool("gcore").arg("-a").arg("-o").arg(&prefix).arg(pid.to_string()),
+        Duration::from_secs(120),
+    );
+    let core = folder.join(format!("core.{pid}"));
+    let file = fs::File::open(&core)
+        .unwrap_or_else(|e| panic!("gcore of {pid} made no core ({e}): {}", outcome.all()));
+    let found = stream_with(file, needles);
+    fs::remove_file(core).expect("own file");
+    found
+}
+
+fn mark(bytes: &[u8], needles: &[&[u8]], found: &mut [bool]) {
+    for (i, needle) in needles.iter().enumerate() {
+        if !found[i] && contains(bytes, needle) {
+            found[i] = true;
+        }
+    }
+}
+
+fn contains(bytes: &[u8], needle: &[u8]) -> bool {
+    let Some((&first, rest)) = needle.split_first() else { return false };
+    let mut at = 0;
+    while let Some(step) = bytes[at..].iter().position(|&b| b == first) {
+        at += step + 1;
+        if bytes[at..].starts_with(rest) {
+            return true;
+        }
+    }
+    false
+}
+
+/// The round keys of AES-256 under a key, 15 of 16 bytes, and those of the equivalent inverse cipher (FIPS 197 §5.2,
+/// §5.3.5): what a search for a key schedule looks for.
+pub fn aes256_round_keys(key: &[u8; 32]) -> Vec<[u8; 16]> {
+    let sbox = sbox();
+    let mut words: Vec<[u8; 4]> = key.chunks(4).map(|c| c.try_into().expect("4 bytes")).collect();
+    let mut rcon = 1u8;
+    for i in 8..60 {
+        let mut t = words[i - 1];
+        if i % 8 == 0 {
+            t = [sbox[t[1] as usize] ^ rcon, sbox[t[2] as usize], sbox[t[3] as usize], sbox[t[0] as usize]];
+            rcon = double(rcon);
+        } else if i % 8 == 4 {
+            t = t.map(|b| sbox[b as usize]);
+        }
+        let before = words[i - 8];
+        words.push([0, 1, 2, 3].map(|j| before[j] ^ t[j]));
+    }
+    let forward: Vec<[u8; 16]> =
+        words.chunks(4).map(|c| c.concat().try_into().expect("four words are 16 bytes")).collect();
+    let inverse = forward[1..14].iter().map(inverse_mix);
+    forward.iter().copied().chain(inverse).collect()
+}
+
+fn double(b: u8) -> u8 {
+    b << 1 ^ if b & 0x80 != 0 { 0x1b } else { 0 }
+}
+
+fn times(a: u8, b: u8) -> u8 {
+    let (mut a, mut product) = (a, 0);
+    for bit in 0..8 {
+        if b >> bit & 1 == 1 {
+            product ^= a;
+        }
+        a = double(a);
+    }
+    product
+}
+
+fn sbox() -> [u8; 256] {
+    let mut table = [0u8; 256];
+    for (x, slot) in table.iter_mut().enumerate() {
+        let inverse = (1..=255u8).find(|&y| times(x as u8, y) == 1).unwrap_or(0);
+        *slot = (0..5).fold(0x63, |s, n| s ^ inverse.rotate_left(n));
+    }
+    table
+}
+
+fn inverse_mix(key: &[u8; 16]) -> [u8; 16] {
+    let mut out = [0u8; 16];
+    for (column, mixed) in key.chunks(4).zip(out.chunks_mut(4)) {
+        for (row, slot) in mixed.iter_mut().enumerate() {
+            *slot = (0..4).fold(0, |s, j| s ^ times(column[(row + j) % 4], [0x0e, 0x0b, 0x0d, 0x09][j]));
+        }
+    }
+    out
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn aes256_schedule_is_that_of_fips_197_appendix_a3() {
+        let key: [u8; 32] = [
+            0x60, 0x3d, 0xeb, 0x10, 0x15, 0xca, 0x71, 0xbe, 0x2b, 0x73, 0xae, 0xf0, 0x85, 0x7d, 0x77, 0x81,
+            0x1f, 0x35, 0x2c, 0x07, 0x3b, 0x61, 0x08, 0xd7, 0x2d, 0x98, 0x10, 0xa3, 0x09, 0x14, 0xdf, 0xf4,
+        ];
+        let keys = aes256_round_keys(&key);
+        assert_eq!(keys[2][..4], [0x9b, 0xa3, 0x54, 0x11]);
+        assert_eq!(keys[14][12..], [0x70, 0x6c, 0x63, 0x1e]);
+    }
+
+    #[test]
+    fn a_needle_across_two_chunks_is_found() {
+        let mut bytes = vec![0u8; (1 << 20) + 40];
+        bytes[(1 << 20) - 5..][..11].copy_from_slice(b"VMSEAL-NEED");
+        assert_eq!(stream_with(&bytes[..], &[b"absent", b"VMSEAL-NEED"]), [1]);
+    }
+}
