@@ -6,4 +6,10 @@
 
 pub mod config;
 pub mod control_frame;
+pub mod domain_xml;
+pub mod metadata;
 pub mod ports;
+#[cfg(test)]
+pub(crate) mod scratch;
+pub mod store;
+pub mod xml;

@@ -1,0 +1,169 @@
+//! Our element in a domain's `<metadata>`: [`VmMetadata`] in, XML out, and back. Format:
+//! `docs/formats/domain-metadata.md`.
+//!
+//! Shape is checked here and nothing else: whether a record in it verifies, and is the newest, is asked elsewhere.
+//! Attributes and elements it does not know are passed over, so that an older agent reads what a newer one wrote.
+
+use std::collections::HashSet;
+
+use base64::{Engine as _, engine::general_purpose::STANDARD};
+use vmseal_model::{
+    metadata::{DiskMetadata, NAMESPACE, PREFIX, VmMetadata},
+    record::MAX_RECORD_LEN,
+    state::{DiskClass, InnerFormat},
+};
+
+use crate::xml::{Element, XmlError};
+
+/// Most disks of one domain that are read.
+pub const MAX_DISKS: usize = 1024;
+
+/// The element as `virDomainSetMetadata` wants it: without prefix and namespace, which libvirt puts in itself and
+/// refuses to find there already.
+pub fn metadata_element(metadata: &VmMetadata) -> String {
+    to_element(metadata, "").to_xml()
+}
+
+/// The element as it stands in a domain's definition, with its namespace.
+pub(crate) fn qualified_element(metadata: &VmMetadata) -> Element {
+    let mut element = to_element(metadata, &format!("{PREFIX}:"));
+    element.attributes.insert(0, (format!("xmlns:{PREFIX}"), NAMESPACE.to_owned()));
+    element
+}
+
+fn to_element(metadata: &VmMetadata, prefix: &str) -> Element {
+    let named = |name: &str| Element::new(&format!("{prefix}{name}"));
+    let mut vm =
+        named("vm").with("id", &metadata.vm.to_string()).with("domain", &metadata.domain.to_string());
+    for disk in &metadata.disks {
+        let mut element = named("disk")
+            .with("target", &disk.target)
+            .with("id", &disk.disk.to_string())
+            .with("source", &disk.source);
+        if let Some(header) = &disk.header {
+            element.set("header", header);
+        }
+        element.set("format", disk.format.as_str());
+        element.set("class", class_word(disk.class));
+        let mut record = named("record");
+        record.children.push(crate::xml::Node::Text(STANDARD.encode(&disk.record)));
+        vm = vm.with_child(element.with_child(record));
+    }
+    vm
+}
+
+/// Reads the element; `ancestors` from the document's root down.
+pub(crate) fn from_element(vm: &Element, ancestors: &[&Element]) -> Result<VmMetadata, XmlError> {
+    let mut metadata =
+        VmMetadata { vm: id(vm, "id", "the VM")?, domain: id(vm, "domain", "the VM")?, disks: Vec::new() };
+    let mut scope = ancestors.to_vec();
+    scope.push(vm);
+    let mut seen = HashSet::new();
+    for element in ours(vm, &scope, "disk") {
+        if metadata.disks.len() == MAX_DISKS {
+            return Err(damaged(format!("more than {MAX_DISKS} disks")));
+        }
+        let disk = disk(element, &scope)?;
+        if !seen.insert(disk.target.clone()) || metadata.disks.iter().any(|d| d.disk == disk.disk) {
+            return Err(damaged(format!("disk {} is named twice", disk.target)));
+        }
+        metadata.disks.push(disk);
+    }
+    Ok(metadata)
+}
+
+fn disk(element: &Element, scope: &[&Element]) -> Result<DiskMetadata, XmlError> {
+    let target = text(element, "target", "a disk")?.to_owned();
+    if !is_target(&target) {
+        return Err(damaged(format!("'{}' is no target", shortened(&target))));
+    }
+    let about = format!("disk {target}");
+    let format = text(element, "format", &about)?;
+    let class = text(element, "class", &about)?;
+    let mut scope = scope.to_vec();
+    scope.push(element);
+    let record: Vec<u8> = match ours(element, &scope, "record").next() {
+        Some(record) => decode_record(&record.text(), &target)?,
+        None => return Err(damaged(format!("{about} has no record"))),
+    };
+    Ok(DiskMetadata {
+        disk: id(element, "id", &about)?,
+        source: path(element, "source", &about)?.to_owned(),
+        header: match element.get("header") {
+            Some(_) => Some(path(element, "header", &about)?.to_owned()),
+            None => None,
+        },
+        format: InnerFormat::from_libvirt(format)
+            .ok_or_else(|| damaged(format!("{about} has the format '{}'", shortened(format))))?,
+        class: class_of(class).ok_or_else(|| {
+            damaged(format!("{about} has the class '{}', which this version does not know", shortened(class)))
+        })?,
+        target,
+        record,
+    })
+}
+
+fn decode_record(text: &str, target: &str) -> Result<Vec<u8>, XmlError> {
+    let packed: String = text.split_ascii_whitespace().collect();
+    let bad = |reason: &str| damaged(format!("the record of disk {target} {reason}"));
+    if packed.len() > MAX_RECORD_LEN.div_ceil(3) * 4 {
+        return Err(bad("is too long"));
+    }
+    let record = STANDARD.decode(packed).map_err(|_| bad("is not base64"))?;
+    if record.is_empty() || record.len() > MAX_RECORD_LEN {
+        return Err(bad("is empty or too long"));
+    }
+    Ok(record)
+}
+
+/// Whether this is a target device name: letters and digits; it becomes the name of a socket.
+pub fn is_target(text: &str) -> bool {
+    (1..=32).contains(&text.len()) && text.bytes().all(|b| b.is_ascii_alphanumeric())
+}
+
+/// The word of a class.
+pub fn class_word(class: DiskClass) -> &'static str {
+    match class {
+        DiskClass::Compatible => "compatible",
+    }
+}
+
+fn class_of(word: &str) -> Option<DiskClass> {
+    (word == class_word(DiskClass::Compatible)).then_some(DiskClass::Compatible)
+}
+
+/// Child elements of our namespace by that name.
+fn ours<'a>(
+    parent: &'a Element,
+    scope: &'a [&'a Element],
+    local: &'static str,
+) -> impl Iterator<Item = &'a Element> {
+    parent.elements().filter(move |e| e.local_name() == local && e.namespace(scope) == Some(NAMESPACE))
+}
+
+fn text<'a>(element: &'a Element, attribute: &str, about: &str) -> Result<&'a str, XmlError> {
+    element.get(attribute).ok_or_else(|| damaged(format!("{about} has no '{attribute}'")))
+}
+
+fn path<'a>(element: &'a Element, attribute: &str, about: &str) -> Result<&'a str, XmlError> {
+    let path = text(element, attribute, about)?;
+    if path.starts_with('/') {
+        Ok(path)
+    } else {
+        Err(damaged(format!("{about}: '{attribute}' is not an absolute path")))
+    }
+}
+
+fn id<T: std::str::FromStr>(element: &Element, attribute: &str, about: &str) -> Result<T, XmlError> {
+    text(element, attribute, about)?
+        .parse()
+        .map_err(|_| damaged(format!("'{attribute}' of {about} is not an id")))
+}
+
+fn shortened(text: &str) -> String {
+    text.escape_debug().take(40).collect()
+}
+
+fn damaged(reason: String) -> XmlError {
+    XmlError::Metadata { reason }
+}
