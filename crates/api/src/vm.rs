@@ -1,5 +1,7 @@
 //! Virtual machines.
 
+use std::collections::BTreeMap;
+
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 use vmseal_model::{
@@ -71,6 +73,9 @@ pub struct CreateVm {
     pub host: Option<String>,
     /// Domain XML, as `virt-install --print-xml` writes it.
     pub xml: String,
+    /// Bytes of each disk whose file does not exist yet, by target: XML has no place for them.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub disk_bytes: BTreeMap<String, u64>,
     /// Whence the key; absent: the default provider.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub provider: Option<String>,
