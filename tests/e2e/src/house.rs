@@ -107,7 +107,28 @@ impl House {
 
     /// Starts the agent and waits for its socket only.
     pub fn start_agent_alone(&mut self) {
-        let mut command = Command::new(bin("vmseal-agent"));
+        self.run_agent(Command::new(bin("vmseal-agent")));
+    }
+
+    /// Starts the agent that is built with fail points: it aborts at the one named, as a kill -9 there would.
+    pub fn start_agent_failing_at(&mut self, point: &str) {
+        let mut command = Command::new(bin("vmseal-agent-failpoints"));
+        command.env("VMSEAL_FAILPOINT", point);
+        self.run_agent(command);
+        shell::until("the agent is connected", Duration::from_secs(30), || self.host_connected());
+    }
+
+    /// Waits until the agent has died by itself.
+    pub fn wait_agent_died(&mut self, deadline: Duration) -> bool {
+        let child = self.agent.as_mut().expect("the agent was started");
+        let died = shell::wait_within(child, deadline).is_some();
+        if died {
+            self.agent = None;
+        }
+        died
+    }
+
+    fn run_agent(&mut self, mut command: Command) {
         command.args(["run", "--config"]).arg(self.lab.state.join("agent.toml"));
         let _ = fs::remove_file(self.agent_socket());
         self.agent = Some(self.daemon(command, "agent"));

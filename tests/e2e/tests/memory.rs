@@ -1,0 +1,80 @@
+//! The data key and its schedule are in no other process, in no core dump.
+
+use std::fs;
+
+use vmseal_e2e::{
+    house::{House, path},
+    lab::Lab,
+    scan,
+};
+
+const NOTHING: [usize; 0] = [];
+
+#[test]
+fn data_key_is_in_no_memory_and_no_core_of_anyone_but_the_disk() {
+    let house = House::start(Lab::for_test("memory"));
+    let guest = house.guest("secret", &[("vda", "16M", "raw")]);
+    house.define(&guest);
+    house.must_vmseal(&["vm", "encrypt", "secret"]);
+    let mut console = house.boot(&guest);
+    console.sh("dd if=/dev/urandom of=/dev/vda bs=1M count=16 2>/dev/null; sync; dd if=/dev/vda of=/dev/null bs=1M 2>/dev/null");
+
+    let key = house.lab.state.join("recovered.key");
+    let volume = format!("{}.vmseal", guest.disks[0].1.display());
+    house.must_vmseal(&[
+        "key",
+        "recover",
+        "--volume",
+        &volume,
+        "--backup",
+        path(&house.backup("main")),
+        "--password-file",
+        path(&house.lab.state.join("backup-password")),
+        "--out",
+        path(&key),
+    ]);
+    let bytes: [u8; 64] = fs::read(&key).unwrap().try_into().expect("a volume key has 64 bytes");
+    fs::remove_file(&key).unwrap();
+    let halves: [[u8; 32]; 2] = [bytes[..32].try_into().unwrap(), bytes[32..].try_into().unwrap()];
+    let rounds: Vec<[u8; 16]> = halves.iter().flat_map(scan::aes256_round_keys).collect();
+    let mut needles: Vec<&[u8]> = halves.iter().map(|h| &h[..]).collect();
+    needles.extend(rounds.iter().map(|r| &r[..]));
+
+    // The search must be able to find: a key planted in this very process is found, in memory and in a core.
+    let planted = Box::new(*b"VMSEAL-TEST-SECRET-planted-key-!");
+    let me = std::process::id() as i32;
+    assert_eq!(scan::memory_with(me, &[&planted[..]]), [0]);
+
+    let (keeper, worker) = house.disk_pids("secret").expect("the disk answers");
+    let qemu = house.libvirtd.qemu_pid("secret").expect("QEMU runs");
+    let folder = house.lab.folder("cores");
+    for (name, pid) in [
+        ("agent", house.agent_pid()),
+        ("server", house.server_pid()),
+        ("libvirtd", house.libvirtd.pid() as i32),
+        ("QEMU", qemu),
+        ("keeper", keeper),
+    ] {
+        assert_eq!(scan::memory_with(pid, &needles), NOTHING, "key material in the memory of {name}");
+        assert_eq!(scan::core_with(pid, &folder, &needles), NOTHING, "key material in a core of {name}");
+    }
+    let active =
+        scan::disk_status(&house.lab.run.join(format!(
+            "libvirt-{}/control.sock",
+            house.libvirtd.must_virsh(&["domuuid", "secret"]).trim()
+        )))
+        .expect("the disk answers")
+        .secret_memory;
+    let found = scan::core_with(worker, &folder, &needles);
+    println!(
+        "worker: secret memory is {active}; {} of {} needles are in its core (the cipher library's context)",
+        found.len(),
+        needles.len()
+    );
+    if active == "memfd_secret" {
+        // Round keys 0 and 1 are the key itself: where the library keeps its schedule, both halves are found as such.
+        // What must not be there is the key memory: 64 contiguous bytes.
+        assert_eq!(scan::core_with(worker, &folder, &[&bytes[..]]), NOTHING);
+    }
+    house.power_off(&guest, &mut console);
+}
