@@ -21,7 +21,7 @@ pub const MIN_PASSWORD_CHARS: usize = 8;
 
 /// A backup of every generation of `provider`, those included that have none yet.
 ///
-/// It takes a second, on purpose. It marks nothing: hand the bytes over to be kept, read them back, and give those to
+/// It takes a good part of a second, on purpose. It marks nothing: hand the bytes over to be kept, read them back, and give those to
 /// [`verify_backup`].
 ///
 /// # Errors

@@ -10,6 +10,7 @@
 //! | [`native`] | the native provider: KDK generations and the KEKs derived from them |
 //! | [`root_key`], [`stored`] | its KDKs at rest |
 //! | [`backup`] | its PKCS#12 backup: export, verify, import |
+//! | [`runbook`] | how to get a disk's data back with stock tools alone |
 
 pub mod backup;
 mod backup_error;
@@ -18,6 +19,7 @@ pub mod native;
 mod p12;
 pub mod provider;
 pub mod root_key;
+pub mod runbook;
 pub mod stored;
 
 pub use backup::{BackupSummary, VerifiedBackup, dry_run, export, import, verify_backup};
@@ -25,6 +27,7 @@ pub use backup_error::BackupError;
 pub use native::{Generation, GenerationState, NativeError, NativeProvider};
 pub use provider::{Health, KeyProvider, ProviderError, ProviderKind, ProviderStatus};
 pub use root_key::{RootKey, RootKeyError};
+pub use runbook::{Runbook, RunbookError, RunbookFiles};
 pub use stored::{StoreError, StoredGeneration};
 
 #[cfg(test)]

@@ -366,3 +366,6 @@ pub enum NativeError {
     #[error("no key could be made")]
     Memory(#[from] SecretError),
 }
+
+#[cfg(test)]
+mod tests;

@@ -147,3 +147,77 @@ pub enum StoreError {
     #[error("no key could be sealed or opened")]
     Memory(#[from] SecretError),
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::fixture::{kdk_bytes, provider};
+
+    fn root() -> RootKey {
+        let mut bytes = *b"VMSEAL-TEST-SECRET-root-01234567";
+        RootKey::from_secret(SecretBytes::take_from(&mut bytes))
+    }
+
+    fn reopen(
+        provider: &NativeProvider,
+        rows: &[StoredGeneration],
+        root: &RootKey,
+    ) -> Result<NativeProvider, StoreError> {
+        NativeProvider::open_from_store(provider.id().clone(), provider.uuid(), rows, root)
+    }
+
+    #[test]
+    fn stored_provider_reads_back_in_any_order_of_rows() {
+        let provider = provider(3);
+        let mut rows = provider.seal_for_store(&root()).unwrap();
+        rows[1].backed_up_at_ms = Some(17);
+        rows.reverse();
+        let back = reopen(&provider, &rows, &root()).unwrap();
+        let numbers: Vec<_> = back.generations().iter().map(Generation::number).collect();
+        assert_eq!(numbers, [1, 2, 3]);
+        for generation in back.generations() {
+            assert_eq!(*generation.kdk().expose(), kdk_bytes(generation.number()));
+        }
+        assert_eq!(back.current().unwrap().number(), 2);
+    }
+
+    #[test]
+    fn stored_row_shows_no_key_and_never_repeats() {
+        let provider = provider(1);
+        let [row] = provider.seal_for_store(&root()).unwrap().try_into().unwrap();
+        assert_eq!(row.sealed.len(), SEALED_LEN);
+        assert!(!row.sealed.windows(6).any(|w| w == b"VMSEAL"));
+        assert_ne!(provider.seal_for_store(&root()).unwrap()[0].sealed, row.sealed);
+    }
+
+    #[test]
+    fn stored_row_changed_or_moved_is_refused() {
+        let provider = provider(2);
+        let rows = provider.seal_for_store(&root()).unwrap();
+        for at in 0..SEALED_LEN {
+            let mut rows = rows.clone();
+            rows[0].sealed[at] ^= 1;
+            assert!(reopen(&provider, &rows, &root()).is_err(), "byte {at} flipped");
+        }
+        let mut swapped = rows.clone();
+        (swapped[0].number, swapped[1].number) = (2, 1);
+        assert!(matches!(reopen(&provider, &swapped, &root()), Err(StoreError::Integrity { .. })));
+        let other = ProviderUuid::from_bytes([9; 16]);
+        let moved = NativeProvider::open_from_store(provider.id().clone(), other, &rows, &root());
+        assert!(matches!(moved, Err(StoreError::Integrity { .. })));
+        let wrong_root = RootKey::from_secret(SecretBytes::random().unwrap());
+        let refused = reopen(&provider, &rows, &wrong_root).unwrap_err();
+        assert!(refused.to_string().contains("import the provider's backup"), "{refused}");
+    }
+
+    #[test]
+    fn stored_rows_that_cannot_all_be_right_are_refused() {
+        let provider = provider(1);
+        let rows = provider.seal_for_store(&root()).unwrap();
+        assert!(matches!(reopen(&provider, &[], &root()), Err(StoreError::Generations { .. })));
+        let twice = [rows[0].clone(), rows[0].clone()];
+        assert!(matches!(reopen(&provider, &twice, &root()), Err(StoreError::Generations { .. })));
+        let short = [StoredGeneration { sealed: rows[0].sealed[1..].to_vec(), ..rows[0].clone() }];
+        assert!(matches!(reopen(&provider, &short, &root()), Err(StoreError::Format { .. })));
+    }
+}

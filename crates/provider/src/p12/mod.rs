@@ -19,7 +19,7 @@ use vmseal_keys::SecretBytes;
 
 /// Largest file that is looked at.
 pub(crate) const MAX_FILE_BYTES: usize = 1 << 20;
-/// Most iterations, of the MAC and of PBES2 together, that a file may ask of its reader: about two seconds.
+/// Most iterations, of the MAC and of PBES2 together, that a file may ask of its reader: a few seconds.
 pub(crate) const MAX_ITERATIONS: u64 = 10_000_000;
 /// Most bags that are read.
 pub(crate) const MAX_BAGS: usize = 256;
