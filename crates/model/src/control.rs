@@ -29,7 +29,8 @@ pub struct Setup {
     pub vm: VmId,
     /// Its libvirt UUID.
     pub domain: DomainUuid,
-    /// Name of libvirt's pid file of the VM within the directory that was passed.
+    /// Name of libvirt's pid file of the VM within the directory that was passed: the process in it may use the disks.
+    /// Empty: root and the uid that started the keeper may (backup sockets of their own, tests).
     pub pid_file: String,
     /// Its disks.
     pub disks: Vec<DiskSetup>,
@@ -62,11 +63,14 @@ pub struct DiskSetup {
     pub discard: bool,
 }
 
-/// What a job process gets as its first frame, with descriptors: key memory, volume data, other file.
+/// What a job process gets as its first frame, with descriptors: key memory, volume data, other file (none for
+/// [`Job::Zero`]).
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct JobSetup {
     /// [`CONTROL_VERSION`].
     pub version: u32,
+    /// The VM the volume belongs to; the key check is bound to it.
+    pub vm: VmId,
     /// The volume.
     pub disk: DiskSetup,
     /// What to do.
