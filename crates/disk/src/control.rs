@@ -1,0 +1,187 @@
+//! The control socket of a worker: how it is, and the order to end.
+
+use std::{
+    os::unix::net::{UnixListener, UnixStream},
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+    },
+    thread,
+    time::{Duration, Instant},
+};
+
+use vmseal_model::{
+    control::{ControlReply, ControlRequest, DiskStatus},
+    id::{DomainUuid, VmId},
+};
+
+use crate::{export::Export, frame, log, peer};
+
+/// Most control connections at a time.
+const MAX_CONTROL: usize = 8;
+/// How long a connection may stay silent.
+const SILENCE: Duration = Duration::from_secs(600);
+/// How long requests in flight may take to end when their client is cut off.
+const CUT: Duration = Duration::from_secs(5);
+/// How long a worker with a bad setup waits to tell somebody.
+const TELL: Duration = Duration::from_secs(60);
+/// How long the one it tells may take to ask.
+const ASK: Duration = Duration::from_secs(5);
+/// Pause after an accept that failed.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
+
+/// What a worker is, as control requests see it.
+pub struct Worker {
+    /// The VM.
+    pub vm: VmId,
+    /// Its libvirt UUID.
+    pub domain: DomainUuid,
+    /// Its keeper's process.
+    pub keeper_pid: i32,
+    /// The uid that set it up.
+    pub owner: u32,
+    /// Its disks.
+    pub exports: Vec<Arc<Export>>,
+}
+
+impl Worker {
+    /// What it is and serves.
+    pub fn status(&self) -> DiskStatus {
+        DiskStatus {
+            vm: self.vm,
+            domain: self.domain,
+            version: env!("CARGO_PKG_VERSION").into(),
+            worker_pid: std::process::id().cast_signed(),
+            keeper_pid: self.keeper_pid,
+            secret_memory: vmseal_keys::protection().to_string(),
+            disks: self.exports.iter().map(|export| export.status()).collect(),
+        }
+    }
+
+    /// Makes ready for the end: no new clients, none left, everything flushed.
+    ///
+    /// # Errors
+    ///
+    /// One line that says why not; the worker serves on then. With `force` there is always an end.
+    pub fn make_ready_to_end(&self, force: bool) -> Result<(), String> {
+        let open = self.exports.iter().find(|export| !export.close(force));
+        if let Some(open) = open {
+            self.exports.iter().for_each(|export| export.reopen());
+            let pid = open.status().client_pid;
+            return Err(format!("{} is in use by process {pid}", open.target()));
+        }
+        for export in &self.exports {
+            export.cut_connections(CUT);
+        }
+        for export in &self.exports {
+            if let Err(error) = export.volume().flush() {
+                log::line(format_args!("{}: {error} at the end", export.target()));
+                if !force {
+                    self.exports.iter().for_each(|export| export.reopen());
+                    return Err(format!("{}: {error}; what was written last may be lost", export.target()));
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Answers on the control socket for ever; an order to end ends the process.
+pub fn serve(listener: &UnixListener, worker: &Arc<Worker>) -> ! {
+    let connections = Arc::new(AtomicUsize::new(0));
+    loop {
+        let stream = match listener.accept() {
+            Ok((stream, _)) => stream,
+            Err(error) => {
+                log::line(format_args!("control: cannot accept: {error}"));
+                thread::sleep(ACCEPT_PAUSE);
+                continue;
+            }
+        };
+        if let Err(error) = peer::may_control(&stream, worker.owner) {
+            log::line(format_args!("control: refused: {error}"));
+            continue;
+        }
+        if connections.fetch_add(1, Ordering::AcqRel) >= MAX_CONTROL {
+            connections.fetch_sub(1, Ordering::AcqRel);
+            log::line(format_args!("control: refused: too many connections"));
+            continue;
+        }
+        let (worker, count) = (worker.clone(), Count(connections.clone()));
+        let started = thread::Builder::new().name("control".into()).spawn(move || {
+            let _count = count;
+            answer(&stream, &worker);
+        });
+        if let Err(error) = started {
+            log::line(format_args!("control: cannot start a thread: {error}"));
+        }
+    }
+}
+
+struct Count(Arc<AtomicUsize>);
+
+impl Drop for Count {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::AcqRel);
+    }
+}
+
+fn answer(stream: &UnixStream, worker: &Worker) {
+    let _ = stream.set_read_timeout(Some(SILENCE));
+    let _ = stream.set_write_timeout(Some(ASK));
+    loop {
+        let reply = match frame::receive(stream) {
+            Ok(Some((ControlRequest::Status, _))) => ControlReply::Status(worker.status()),
+            Ok(Some((ControlRequest::Stop { force }, _))) => match worker.make_ready_to_end(force) {
+                Ok(()) => {
+                    log::line(format_args!("ending as asked"));
+                    let _ = frame::send(stream, &ControlReply::Stopping, &[]);
+                    std::process::exit(crate::EXIT_DONE);
+                }
+                Err(message) => ControlReply::Refused { message },
+            },
+            Ok(None) => return,
+            Err(error) => {
+                let _ = frame::send(stream, &ControlReply::Refused { message: error.to_string() }, &[]);
+                return log::line(format_args!("control: {error}"));
+            }
+        };
+        if let Err(error) = frame::send(stream, &reply, &[]) {
+            return log::line(format_args!("control: {error}"));
+        }
+    }
+}
+
+/// Tells the first one who may ask that this worker cannot serve, and why. Gives up after a minute: an agent that
+/// died must not leave a process behind that holds the volumes' locks.
+pub fn tell_refusal(listener: &UnixListener, owner: u32, message: &str) {
+    let deadline = Instant::now() + TELL;
+    while let Some(stream) = accept_until(listener, deadline) {
+        if let Err(error) = peer::may_control(&stream, owner) {
+            log::line(format_args!("control: refused: {error}"));
+            continue;
+        }
+        // The request is read first: closing with it unread would take the answer away from the asker.
+        let _ = stream.set_read_timeout(Some(ASK));
+        let _ = stream.set_write_timeout(Some(ASK));
+        let _ = frame::receive_raw(&stream);
+        let _ = frame::send(&stream, &ControlReply::Refused { message: message.into() }, &[]);
+        return;
+    }
+}
+
+fn accept_until(listener: &UnixListener, deadline: Instant) -> Option<UnixStream> {
+    use std::os::fd::AsRawFd;
+    loop {
+        let left = deadline.saturating_duration_since(Instant::now());
+        let mut poll = libc::pollfd { fd: listener.as_raw_fd(), events: libc::POLLIN, revents: 0 };
+        // SAFETY: one pollfd, valid for the call.
+        let ready = unsafe { libc::poll(&mut poll, 1, left.as_millis().min(60_000) as libc::c_int) };
+        if ready > 0 {
+            return listener.accept().ok().map(|(stream, _)| stream);
+        }
+        if left.is_zero() {
+            return None;
+        }
+    }
+}

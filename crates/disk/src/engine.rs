@@ -1,0 +1,85 @@
+//! Threads: one that accepts for each disk, one for each connection. All of them sleep in the kernel when idle.
+
+use std::{
+    os::unix::net::{UnixListener, UnixStream},
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+    },
+    thread,
+    time::Duration,
+};
+
+use crate::{
+    export::{Export, MAX_CONNECTIONS},
+    log, nbd,
+    peer::PeerPolicy,
+};
+
+/// Most connections of one disk that are being looked at or served.
+const MAX_THREADS: usize = 2 * MAX_CONNECTIONS;
+/// Pause after an accept that failed (no descriptor, no memory), so that it does not turn into a busy loop.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
+
+/// Accepts for one disk for ever.
+pub fn accept_for(listener: &UnixListener, export: &Arc<Export>, policy: &PeerPolicy) -> ! {
+    let threads = Arc::new(AtomicUsize::new(0));
+    loop {
+        let stream = match listener.accept() {
+            Ok((stream, _)) => stream,
+            Err(error) => {
+                log::line(format_args!("{}: cannot accept: {error}", export.target()));
+                thread::sleep(ACCEPT_PAUSE);
+                continue;
+            }
+        };
+        let pid = match policy.admit(&stream) {
+            Ok(pid) => pid,
+            Err(error) => {
+                refuse(export, format_args!("{error}"));
+                continue;
+            }
+        };
+        if threads.fetch_add(1, Ordering::AcqRel) >= MAX_THREADS {
+            threads.fetch_sub(1, Ordering::AcqRel);
+            refuse(export, format_args!("process {pid} connects too often"));
+            continue;
+        }
+        let (export, guard) = (export.clone(), ThreadCount(threads.clone()));
+        let started = thread::Builder::new().name(format!("nbd-{}", export.target())).spawn(move || {
+            let _guard = guard;
+            serve(&stream, &export, pid);
+        });
+        // The closure, and with it stream and count, is dropped where no thread was to be had.
+        if let Err(error) = started {
+            log::line(format_args!("cannot start a thread for process {pid}: {error}"));
+        }
+    }
+}
+
+struct ThreadCount(Arc<AtomicUsize>);
+
+impl Drop for ThreadCount {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::AcqRel);
+    }
+}
+
+fn refuse(export: &Export, why: std::fmt::Arguments<'_>) {
+    if export.count_refused() {
+        log::line(format_args!("{}: refused: {why}", export.target()));
+    }
+}
+
+fn serve(stream: &UnixStream, export: &Arc<Export>, pid: i32) {
+    let admission = match export.admit(pid, stream) {
+        Ok(admission) => admission,
+        Err(error) => return refuse(export, format_args!("{error}")),
+    };
+    log::line(format_args!("{}: process {pid} connected", export.target()));
+    match nbd::serve(stream, export) {
+        Ok(()) => log::line(format_args!("{}: process {pid} disconnected", export.target())),
+        Err(error) => log::line(format_args!("{}: process {pid}: {error}", export.target())),
+    }
+    drop(admission);
+}

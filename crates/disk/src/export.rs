@@ -1,0 +1,229 @@
+//! One disk as it is shown: its volume, and the one process that uses it.
+//!
+//! Several connections of one process are one client (multi-conn). A second process waits until the first is gone if
+//! the first has hung up already, and is refused otherwise: two QEMUs on one disk destroy it.
+
+use std::{
+    io,
+    os::unix::net::UnixStream,
+    sync::{
+        Arc, Condvar, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::{Duration, Instant},
+};
+
+use vmseal_model::{control::ExportStatus, id::DiskId};
+
+use crate::{descriptors::hung_up, volume::Volume};
+
+/// Most connections of the one client.
+pub const MAX_CONNECTIONS: usize = 16;
+/// How long a new process waits for one that has hung up to be dealt with.
+const HANG_UP_WAIT: Duration = Duration::from_secs(5);
+
+/// Why a client is refused although it is who it should be.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum AdmitError {
+    /// Another process has the disk.
+    #[error("process {pid} wants the disk, which process {holder} is using")]
+    InUse {
+        /// Who knocks.
+        pid: i32,
+        /// Who has it.
+        holder: i32,
+    },
+    /// Too many connections.
+    #[error("process {pid} has {MAX_CONNECTIONS} connections already")]
+    TooMany {
+        /// Whose.
+        pid: i32,
+    },
+    /// This process is about to end.
+    #[error("process {pid} connects while this process ends")]
+    Ending {
+        /// Who knocks.
+        pid: i32,
+    },
+    /// No descriptor left.
+    #[error("connection cannot be kept")]
+    Io(#[from] io::Error),
+}
+
+/// One disk.
+pub struct Export {
+    disk: DiskId,
+    name: String,
+    target: String,
+    volume: Volume,
+    clients: Mutex<Clients>,
+    changed: Condvar,
+    read_bytes: AtomicU64,
+    written_bytes: AtomicU64,
+    refused: AtomicU64,
+}
+
+#[derive(Default)]
+struct Clients {
+    /// No new ones: this process ends.
+    closed: bool,
+    /// The process that has the disk; zero if none.
+    pid: i32,
+    next_id: u64,
+    connections: Vec<(u64, UnixStream)>,
+}
+
+impl Clients {
+    /// Whether every connection was closed by its other end.
+    fn all_hung_up(&self) -> bool {
+        self.connections.iter().all(|(_, stream)| hung_up(stream))
+    }
+}
+
+impl Export {
+    /// A disk without clients.
+    pub fn new(disk: DiskId, target: String, volume: Volume) -> Self {
+        Self {
+            disk,
+            name: disk.to_string(),
+            target,
+            volume,
+            clients: Mutex::default(),
+            changed: Condvar::new(),
+            read_bytes: AtomicU64::new(0),
+            written_bytes: AtomicU64::new(0),
+            refused: AtomicU64::new(0),
+        }
+    }
+
+    /// The export's name: the disk's id.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// The disk's target in the guest, for messages.
+    pub fn target(&self) -> &str {
+        &self.target
+    }
+
+    /// Its volume.
+    pub fn volume(&self) -> &Volume {
+        &self.volume
+    }
+
+    /// Counts bytes read by the client.
+    pub fn count_read(&self, bytes: u64) {
+        self.read_bytes.fetch_add(bytes, Ordering::Relaxed);
+    }
+
+    /// Counts bytes written by the client.
+    pub fn count_written(&self, bytes: u64) {
+        self.written_bytes.fetch_add(bytes, Ordering::Relaxed);
+    }
+
+    /// Counts a connection that was turned away; true if it is worth a line in the log (the first ten, then each
+    /// power of two, so that somebody who knocks all day does not fill the disk).
+    pub fn count_refused(&self) -> bool {
+        let count = self.refused.fetch_add(1, Ordering::Relaxed) + 1;
+        count <= 10 || count.is_power_of_two()
+    }
+
+    /// Takes a connection in, until the admission is dropped.
+    ///
+    /// # Errors
+    ///
+    /// [`AdmitError`]: why not.
+    pub fn admit(self: &Arc<Self>, pid: i32, stream: &UnixStream) -> Result<Admission, AdmitError> {
+        let stream = stream.try_clone()?;
+        let deadline = Instant::now() + HANG_UP_WAIT;
+        let mut clients = self.clients();
+        loop {
+            if clients.closed {
+                return Err(AdmitError::Ending { pid });
+            }
+            if clients.connections.is_empty() || clients.pid == pid {
+                break;
+            }
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() || !clients.all_hung_up() {
+                return Err(AdmitError::InUse { pid, holder: clients.pid });
+            }
+            clients = self.changed.wait_timeout(clients, left).unwrap_or_else(PoisonError::into_inner).0;
+        }
+        if clients.connections.len() >= MAX_CONNECTIONS {
+            return Err(AdmitError::TooMany { pid });
+        }
+        let id = clients.next_id;
+        clients.next_id += 1;
+        clients.pid = pid;
+        clients.connections.push((id, stream));
+        Ok(Admission { export: self.clone(), id })
+    }
+
+    /// Lets nobody in any more. Without `force` only if nobody is in; gives whether it is closed now.
+    pub fn close(&self, force: bool) -> bool {
+        let mut clients = self.clients();
+        if !force && !clients.connections.is_empty() {
+            return false;
+        }
+        clients.closed = true;
+        true
+    }
+
+    /// Takes [`Export::close`] back.
+    pub fn reopen(&self) {
+        self.clients().closed = false;
+    }
+
+    /// Cuts every connection; requests in flight end, their replies go nowhere. Waits at most `limit` for that.
+    pub fn cut_connections(&self, limit: Duration) {
+        let deadline = Instant::now() + limit;
+        let mut clients = self.clients();
+        for (_, stream) in &clients.connections {
+            let _ = stream.shutdown(std::net::Shutdown::Both);
+        }
+        while !clients.connections.is_empty() {
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return;
+            }
+            clients = self.changed.wait_timeout(clients, left).unwrap_or_else(PoisonError::into_inner).0;
+        }
+    }
+
+    /// What the control socket says about it.
+    pub fn status(&self) -> ExportStatus {
+        ExportStatus {
+            disk: self.disk,
+            target: self.target.clone(),
+            client_pid: self.clients().pid,
+            stored_bytes: self.volume.stored_bytes(),
+            read_bytes: self.read_bytes.load(Ordering::Relaxed),
+            written_bytes: self.written_bytes.load(Ordering::Relaxed),
+            refused_clients: self.refused.load(Ordering::Relaxed),
+        }
+    }
+
+    fn clients(&self) -> MutexGuard<'_, Clients> {
+        self.clients.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// A connection that was taken in.
+pub struct Admission {
+    export: Arc<Export>,
+    id: u64,
+}
+
+impl Drop for Admission {
+    fn drop(&mut self) {
+        let mut clients = self.export.clients();
+        clients.connections.retain(|(id, _)| *id != self.id);
+        if clients.connections.is_empty() {
+            clients.pid = 0;
+        }
+        drop(clients);
+        self.export.changed.notify_all();
+    }
+}

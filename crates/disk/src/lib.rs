@@ -1,0 +1,30 @@
+//! Serves the plaintext view of one VM's volumes: the small program that holds disk keys.
+//!
+//! In: one setup frame with descriptors (key memory, volumes, listening sockets). Out: an NBD export per disk and a
+//! control socket. It opens nothing by path except libvirt's pid file within a directory it was given, speaks to no
+//! network, and knows no image format. Frames and life cycle: `docs/formats/disk-control.md`.
+
+#![deny(unsafe_op_in_unsafe_fn)]
+
+pub mod cipher_pool;
+pub mod control;
+pub mod descriptors;
+pub mod engine;
+pub mod export;
+pub mod frame;
+pub mod job;
+pub mod keeper;
+pub mod log;
+pub mod nbd;
+pub mod peer;
+pub mod setup;
+pub mod store;
+pub mod volume;
+pub mod worker;
+
+/// Exit code: ended as asked.
+pub const EXIT_DONE: i32 = 0;
+/// Exit code: failed; a keeper starts the worker again.
+pub const EXIT_FAILED: i32 = 1;
+/// Exit code: wrong usage or a setup that cannot be served; a keeper ends too, for trying again does not help.
+pub const EXIT_SETUP: i32 = 2;

@@ -1,0 +1,44 @@
+//! Lines for the administrator on standard error; the agent sends that to a file per VM.
+//!
+//! Never a key, never guest data. A log that cannot be written is no reason to stop serving a disk.
+
+use std::{
+    fmt,
+    io::Write,
+    time::{SystemTime, UNIX_EPOCH},
+};
+
+/// Writes one line: UTC time, program, process, text.
+pub fn line(text: fmt::Arguments<'_>) {
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    let stamp = utc(now.as_secs());
+    // One write per line, so that lines of keeper and worker do not mix. Ignored: see the head of this file.
+    let line = format!("{stamp} vmseal-disk[{}] {text}\n", std::process::id());
+    let _ = std::io::stderr().write_all(line.as_bytes());
+}
+
+/// `1970-01-01T00:00:00Z` and so on (civil calendar from days, Howard Hinnant's `civil_from_days`).
+fn utc(seconds: u64) -> String {
+    let (days, rest) = (seconds / 86_400, seconds % 86_400);
+    let z = days + 719_468;
+    let (era, day_of_era) = (z / 146_097, z % 146_097);
+    let year_of_era = (day_of_era - day_of_era / 1_460 + day_of_era / 36_524 - day_of_era / 146_096) / 365;
+    let day_of_year = day_of_era - (365 * year_of_era + year_of_era / 4 - year_of_era / 100);
+    let shifted_month = (5 * day_of_year + 2) / 153;
+    let day = day_of_year - (153 * shifted_month + 2) / 5 + 1;
+    let month = if shifted_month < 10 { shifted_month + 3 } else { shifted_month - 9 };
+    let year = era * 400 + year_of_era + u64::from(month <= 2);
+    format!("{year:04}-{month:02}-{day:02}T{:02}:{:02}:{:02}Z", rest / 3600, rest / 60 % 60, rest % 60)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::utc;
+
+    #[test]
+    fn times_are_written_as_utc() {
+        assert_eq!(utc(0), "1970-01-01T00:00:00Z");
+        assert_eq!(utc(951_827_696), "2000-02-29T12:34:56Z");
+        assert_eq!(utc(4_107_542_399), "2100-02-28T23:59:59Z");
+    }
+}

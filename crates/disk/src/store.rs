@@ -1,0 +1,269 @@
+//! Where ciphertext lies: bytes at offsets, holes, and a flush that can fail.
+//!
+//! [`FileStore`] is a regular file or a block device behind a descriptor somebody else opened and locked. It knows
+//! neither ciphers nor headers.
+
+use std::{
+    fs::File,
+    io::{self, Seek, SeekFrom},
+    os::{
+        fd::AsRawFd,
+        unix::fs::{FileExt, FileTypeExt},
+    },
+};
+
+/// A run of bytes that is all data or all hole.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Run {
+    /// Where it ends.
+    pub end: u64,
+    /// Whether nothing is stored there.
+    pub hole: bool,
+}
+
+/// Bytes at offsets.
+pub trait Store: Send + Sync {
+    /// Bytes stored.
+    fn len(&self) -> io::Result<u64>;
+    /// Whether nothing is stored.
+    fn is_empty(&self) -> io::Result<bool> {
+        Ok(self.len()? == 0)
+    }
+    /// Reads until `buf` is full or the store ends; gives how much.
+    fn read_at(&self, at: u64, buf: &mut [u8]) -> io::Result<usize>;
+    /// Writes all of `buf`, making the store longer where needed.
+    fn write_at(&self, at: u64, buf: &[u8]) -> io::Result<()>;
+    /// Makes everything written so far durable, the length too.
+    fn flush(&self) -> io::Result<()>;
+    /// Gives the space back; what is read there afterwards is unspecified. Doing nothing is correct.
+    fn punch(&self, at: u64, len: u64) -> io::Result<()>;
+    /// The run that begins at `at`; its end may be past `end`. Saying "data" is always correct.
+    fn run_at(&self, at: u64, end: u64) -> Run;
+}
+
+/// A file or block device.
+pub struct FileStore {
+    file: File,
+}
+
+/// Why a descriptor cannot carry a volume.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum StoreError {
+    /// A directory, a pipe, a socket.
+    #[error("is neither a regular file nor a block device")]
+    Kind,
+    /// O_APPEND sends every write to the end; O_DIRECT wants aligned memory this engine does not have.
+    #[error("was opened with {flag}")]
+    Flag {
+        /// Its name.
+        flag: &'static str,
+    },
+    /// Reading or, for a writable disk, writing is not allowed through it.
+    #[error("was not opened for {access}")]
+    Access {
+        /// What is missing.
+        access: &'static str,
+    },
+    /// It cannot be looked at.
+    #[error("cannot be examined")]
+    Io(#[from] io::Error),
+}
+
+impl FileStore {
+    /// A store on this descriptor.
+    ///
+    /// # Errors
+    ///
+    /// [`StoreError`]: what is wrong with the descriptor.
+    pub fn new(file: File, read_only: bool) -> Result<Self, StoreError> {
+        let kind = file.metadata()?.file_type();
+        if !kind.is_file() && !kind.is_block_device() {
+            return Err(StoreError::Kind);
+        }
+        // SAFETY: F_GETFL takes no argument.
+        let flags = unsafe { libc::fcntl(file.as_raw_fd(), libc::F_GETFL) };
+        if flags < 0 {
+            return Err(io::Error::last_os_error().into());
+        }
+        for (bit, flag) in [(libc::O_APPEND, "O_APPEND"), (libc::O_DIRECT, "O_DIRECT")] {
+            if flags & bit != 0 {
+                return Err(StoreError::Flag { flag });
+            }
+        }
+        match flags & libc::O_ACCMODE {
+            libc::O_RDWR => {}
+            libc::O_RDONLY if read_only => {}
+            libc::O_RDONLY => return Err(StoreError::Access { access: "writing" }),
+            _ => return Err(StoreError::Access { access: "reading" }),
+        }
+        Ok(Self { file })
+    }
+
+    /// Drops what the page cache holds, so that the next read comes from the medium. Best effort.
+    pub fn forget_cached(&self) {
+        // SAFETY: advice on an open descriptor; no memory is involved.
+        unsafe { libc::posix_fadvise(self.file.as_raw_fd(), 0, 0, libc::POSIX_FADV_DONTNEED) };
+    }
+
+    /// Makes a regular file at least this long; a block device stays as it is.
+    ///
+    /// # Errors
+    ///
+    /// The file system's.
+    pub fn extend_to(&self, len: u64) -> io::Result<()> {
+        if self.file.metadata()?.is_file() && self.len()? < len { self.file.set_len(len) } else { Ok(()) }
+    }
+
+    /// Makes data and everything about the file durable.
+    ///
+    /// # Errors
+    ///
+    /// The file system's.
+    pub fn sync_all(&self) -> io::Result<()> {
+        self.file.sync_all()
+    }
+
+    /// Makes a range read as zeros without storing them. False if it could not, and zeros must be written.
+    pub fn make_hole(&self, at: u64, len: u64) -> bool {
+        self.punch_range(at, len).is_ok()
+    }
+
+    fn punch_range(&self, at: u64, len: u64) -> io::Result<()> {
+        let (Ok(at), Ok(len)) = (libc::off_t::try_from(at), libc::off_t::try_from(len)) else {
+            return Err(io::ErrorKind::InvalidInput.into());
+        };
+        loop {
+            // SAFETY: fallocate works on an open descriptor and takes no pointers.
+            let done = unsafe {
+                libc::fallocate(
+                    self.file.as_raw_fd(),
+                    libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE,
+                    at,
+                    len,
+                )
+            };
+            if done == 0 {
+                return Ok(());
+            }
+            let error = io::Error::last_os_error();
+            if error.kind() != io::ErrorKind::Interrupted {
+                return Err(error);
+            }
+        }
+    }
+
+    /// `lseek` to data or hole from `at`; the file position it moves is used by nobody (all I/O is at offsets).
+    fn seek(&self, at: u64, whence: libc::c_int) -> io::Result<u64> {
+        let at = libc::off_t::try_from(at).map_err(|_| io::ErrorKind::InvalidInput)?;
+        // SAFETY: lseek takes no pointers.
+        let found = unsafe { libc::lseek(self.file.as_raw_fd(), at, whence) };
+        u64::try_from(found).map_err(|_| io::Error::last_os_error())
+    }
+}
+
+impl Store for FileStore {
+    fn len(&self) -> io::Result<u64> {
+        // By seeking and not by metadata: that gives 0 for a block device.
+        (&self.file).seek(SeekFrom::End(0))
+    }
+
+    fn read_at(&self, at: u64, buf: &mut [u8]) -> io::Result<usize> {
+        let mut done = 0;
+        while let Some(rest) = buf.get_mut(done..).filter(|rest| !rest.is_empty()) {
+            match self.file.read_at(rest, at + done as u64) {
+                Ok(0) => break,
+                Ok(got) => done += got,
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(done)
+    }
+
+    fn write_at(&self, at: u64, buf: &[u8]) -> io::Result<()> {
+        self.file.write_all_at(buf, at)
+    }
+
+    fn flush(&self) -> io::Result<()> {
+        self.file.sync_data()
+    }
+
+    fn punch(&self, at: u64, len: u64) -> io::Result<()> {
+        match self.punch_range(at, len) {
+            // The medium cannot; a discard is a wish.
+            Err(error)
+                if matches!(
+                    error.raw_os_error(),
+                    Some(libc::EOPNOTSUPP | libc::EINVAL | libc::ENODEV | libc::ENOSYS)
+                ) =>
+            {
+                Ok(())
+            }
+            other => other,
+        }
+    }
+
+    fn run_at(&self, at: u64, end: u64) -> Run {
+        match self.seek(at, libc::SEEK_DATA) {
+            Ok(data) if data > at => Run { end: data, hole: true },
+            Ok(_) => Run { end: self.seek(at, libc::SEEK_HOLE).unwrap_or(end).max(at + 1), hole: false },
+            // No data from here to the end of the file.
+            Err(error) if error.raw_os_error() == Some(libc::ENXIO) => Run { end, hole: true },
+            // A medium that does not know (block devices, some network file systems).
+            Err(_) => Run { end, hole: false },
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{fs::OpenOptions, os::unix::fs::OpenOptionsExt};
+
+    use super::*;
+
+    fn scratch(name: &str) -> (std::path::PathBuf, File) {
+        let path = std::env::temp_dir().join(format!("vmseal-store-{name}-{}", std::process::id()));
+        let file = OpenOptions::new().read(true).write(true).create(true).truncate(true).open(&path).unwrap();
+        (path, file)
+    }
+
+    #[test]
+    fn reads_stop_at_the_end_and_holes_are_seen() {
+        let (path, file) = scratch("holes");
+        let store = FileStore::new(file, false).unwrap();
+        store.write_at(1 << 20, &[1; 65536]).unwrap();
+        assert_eq!(store.len().unwrap(), (1 << 20) + 65536);
+        assert_eq!(store.run_at(0, 2 << 20), Run { end: 1 << 20, hole: true });
+        assert_eq!(store.run_at(1 << 20, 2 << 20), Run { end: (1 << 20) + 65536, hole: false });
+        assert_eq!(store.run_at(3 << 20, 4 << 20), Run { end: 4 << 20, hole: true });
+        let mut buf = [0; 8];
+        assert_eq!(store.read_at((1 << 20) + 65532, &mut buf).unwrap(), 4);
+        store.punch(1 << 20, 65536).unwrap();
+        assert_eq!(store.len().unwrap(), (1 << 20) + 65536);
+        assert!(store.run_at(0, 2 << 20).hole);
+        std::fs::remove_file(path).unwrap();
+    }
+
+    #[test]
+    fn descriptors_that_cannot_carry_a_volume_are_refused() {
+        let (path, _file) = scratch("flags");
+        let open = |options: &mut OpenOptions| options.open(&path).unwrap();
+        let mut options = OpenOptions::new();
+        let read = |read_only| FileStore::new(open(OpenOptions::new().read(true)), read_only);
+        assert!(read(true).is_ok());
+        assert!(matches!(read(false), Err(StoreError::Access { access: "writing" })));
+        let write_only = open(OpenOptions::new().write(true));
+        assert!(matches!(FileStore::new(write_only, false), Err(StoreError::Access { access: "reading" })));
+        let append = open(options.read(true).append(true));
+        assert!(matches!(FileStore::new(append, false), Err(StoreError::Flag { flag: "O_APPEND" })));
+        let direct = OpenOptions::new().read(true).custom_flags(libc::O_DIRECT).open(&path);
+        // Some file systems refuse O_DIRECT themselves.
+        if let Ok(direct) = direct {
+            assert!(matches!(FileStore::new(direct, true), Err(StoreError::Flag { flag: "O_DIRECT" })));
+        }
+        let directory = File::open("/").unwrap();
+        assert!(matches!(FileStore::new(directory, true), Err(StoreError::Kind)));
+        std::fs::remove_file(path).unwrap();
+    }
+}

@@ -1,0 +1,308 @@
+//! The plaintext view of one volume: reads, writes, zeros, discards, flushes, extents.
+//!
+//! Everything is in whole data units within the presented size, checked here whoever asks. Buffers are the caller's
+//! and are encrypted and decrypted in place. Nothing is held back: what was written is in the kernel, what was flushed
+//! is on the medium.
+//!
+//! A volume that *grows* shows more than it stores. Reads past the stored end give zeros; a write past it makes the
+//! file longer, and what it leaps over is filled with encrypted zeros, up to [`MAX_FILLED_GAP`]. A wider gap stays a
+//! hole, and holes read as unspecified bytes, as after a discard.
+
+use std::{
+    io,
+    sync::{
+        Mutex, PoisonError,
+        atomic::{AtomicU64, Ordering},
+    },
+};
+
+use crate::{cipher_pool::CipherPool, log, store::Store};
+
+/// The widest gap a write may leave behind the stored end that is filled with encrypted zeros.
+pub const MAX_FILLED_GAP: u64 = 64 << 20;
+/// Zeros are encrypted and written in pieces of this size.
+const ZERO_CHUNK: u64 = 1 << 20;
+/// The tweak counts these, whatever the unit.
+const SECTOR: u64 = 512;
+
+/// How a volume is laid out and presented.
+#[derive(Debug, Clone, Copy)]
+pub struct Layout {
+    /// Bytes of a data unit: 512 or 4096.
+    pub unit: u64,
+    /// Where the payload begins in the store.
+    pub payload_offset: u64,
+    /// Bytes shown.
+    pub presented: u64,
+    /// Whether the store may be shorter and grow.
+    pub grows: bool,
+    /// Whether nothing may be written.
+    pub read_only: bool,
+    /// Whether a discard makes holes.
+    pub discard: bool,
+}
+
+/// Why a request was not carried out.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum VolumeError {
+    /// Not in whole data units.
+    #[error("request is not in whole data units")]
+    Unaligned,
+    /// Not within the presented size.
+    #[error("request is past the end of the disk")]
+    OutOfRange,
+    /// The volume is read-only.
+    #[error("disk is read-only")]
+    ReadOnly,
+    /// The file system under the volume is full, or the file may not grow further.
+    #[error("no space left for the volume")]
+    NoSpace(#[source] io::Error),
+    /// A flush failed, now or earlier: what was written since the last good one may be lost. It fails from now on,
+    /// for the kernel reports a lost page once only.
+    #[error("a flush of the volume failed")]
+    FlushFailed,
+    /// The store is shorter than it must be.
+    #[error("volume ended early")]
+    Truncated,
+    /// The medium failed.
+    #[error("volume I/O failed")]
+    Io(#[source] io::Error),
+}
+
+impl From<io::Error> for VolumeError {
+    fn from(error: io::Error) -> Self {
+        match error.raw_os_error() {
+            Some(libc::ENOSPC | libc::EDQUOT | libc::EFBIG) => Self::NoSpace(error),
+            _ => Self::Io(error),
+        }
+    }
+}
+
+/// A piece of the disk and whether anything is stored for it. A hole says nothing about what is read there.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Extent {
+    /// Its length in bytes.
+    pub len: u64,
+    /// Whether nothing is stored.
+    pub hole: bool,
+}
+
+/// One volume.
+pub struct Volume {
+    store: Box<dyn Store>,
+    ciphers: CipherPool,
+    layout: Layout,
+    /// Whole units stored, in bytes from the payload's start.
+    stored: AtomicU64,
+    /// Held while the stored end moves.
+    growth: Mutex<()>,
+    /// Whether a flush failed. Held while flushing: the kernel tells a failure to one caller only, and a second one
+    /// must not hear "durable" about pages that were lost.
+    flush_failed: Mutex<bool>,
+}
+
+impl Volume {
+    /// The volume on this store.
+    ///
+    /// # Errors
+    ///
+    /// [`VolumeError::Truncated`] if the store is shorter than a volume that does not grow must be.
+    pub fn new(store: Box<dyn Store>, ciphers: CipherPool, layout: Layout) -> Result<Self, VolumeError> {
+        let stored = store.len()?.saturating_sub(layout.payload_offset).min(layout.presented);
+        let stored = stored - stored % layout.unit;
+        if !layout.grows && stored < layout.presented {
+            return Err(VolumeError::Truncated);
+        }
+        Ok(Self {
+            store,
+            ciphers,
+            layout,
+            stored: AtomicU64::new(stored),
+            growth: Mutex::new(()),
+            flush_failed: Mutex::new(false),
+        })
+    }
+
+    /// How it is laid out.
+    pub fn layout(&self) -> &Layout {
+        &self.layout
+    }
+
+    /// Bytes stored now.
+    pub fn stored_bytes(&self) -> u64 {
+        self.stored.load(Ordering::Acquire)
+    }
+
+    /// Fills `buf` with plaintext from `offset`.
+    ///
+    /// # Errors
+    ///
+    /// [`VolumeError`]; `buf` may hold ciphertext then and must not be shown.
+    pub fn read(&self, offset: u64, buf: &mut [u8]) -> Result<(), VolumeError> {
+        self.check(offset, buf.len() as u64)?;
+        let within = self.stored_bytes().saturating_sub(offset).min(buf.len() as u64) as usize;
+        let (inside, beyond) = buf.split_at_mut(within);
+        beyond.fill(0);
+        if inside.is_empty() {
+            return Ok(());
+        }
+        if self.store.read_at(self.layout.payload_offset + offset, inside)? < inside.len() {
+            return Err(VolumeError::Truncated);
+        }
+        self.ciphers.lend().decrypt(offset / SECTOR, inside).map_err(cipher_failed)
+    }
+
+    /// Writes `buf`, which is ciphertext afterwards.
+    ///
+    /// # Errors
+    ///
+    /// [`VolumeError`]; a part may have been written.
+    pub fn write(&self, offset: u64, buf: &mut [u8]) -> Result<(), VolumeError> {
+        self.check_write(offset, buf.len() as u64)?;
+        self.encrypt_into(offset, buf)
+    }
+
+    /// Writes encrypted zeros, never a hole.
+    ///
+    /// # Errors
+    ///
+    /// As [`Volume::write`].
+    pub fn write_zeroes(&self, offset: u64, len: u64) -> Result<(), VolumeError> {
+        self.check_write(offset, len)?;
+        let mut zeros = vec![0; len.min(ZERO_CHUNK) as usize];
+        let mut done = 0;
+        while done < len {
+            let piece = zeros.get_mut(..(len - done).min(ZERO_CHUNK) as usize).unwrap_or_default();
+            piece.fill(0);
+            self.encrypt_into(offset + done, piece)?;
+            done += piece.len() as u64;
+        }
+        Ok(())
+    }
+
+    /// Gives back the space of a range, where the policy says so; otherwise does nothing.
+    ///
+    /// # Errors
+    ///
+    /// [`VolumeError`].
+    pub fn discard(&self, offset: u64, len: u64) -> Result<(), VolumeError> {
+        self.check_write(offset, len)?;
+        let len = self.stored_bytes().saturating_sub(offset).min(len);
+        if !self.layout.discard || len == 0 {
+            return Ok(());
+        }
+        Ok(self.store.punch(self.layout.payload_offset + offset, len)?)
+    }
+
+    /// Makes every write that ended before durable.
+    ///
+    /// # Errors
+    ///
+    /// [`VolumeError::FlushFailed`], and from then on every time.
+    pub fn flush(&self) -> Result<(), VolumeError> {
+        let mut failed = self.flush_failed.lock().unwrap_or_else(PoisonError::into_inner);
+        if !*failed && let Err(error) = self.store.flush() {
+            *failed = true;
+            log::line(format_args!(
+                "flush failed, and counts as failed until this worker is restarted: {error}"
+            ));
+        }
+        if *failed { Err(VolumeError::FlushFailed) } else { Ok(()) }
+    }
+
+    /// What is stored for a range: at most `most` extents, at least one, together as long as the range or shorter.
+    ///
+    /// # Errors
+    ///
+    /// [`VolumeError`] for a range that is not within the disk.
+    pub fn extents(&self, offset: u64, len: u64, most: usize) -> Result<Vec<Extent>, VolumeError> {
+        self.check(offset, len)?;
+        let (base, unit, end) = (self.layout.payload_offset, self.layout.unit, offset + len);
+        let stored = self.stored_bytes().min(end);
+        let mut extents: Vec<Extent> = Vec::new();
+        let mut at = offset;
+        while at < end {
+            let (run_end, hole) = if at >= stored {
+                (end, true)
+            } else {
+                let run = self.store.run_at(base + at, base + stored);
+                let run_end = run.end.saturating_sub(base).min(stored);
+                // Holes shrink and data widens to whole units.
+                if run.hole {
+                    let whole = run_end - run_end % unit;
+                    if whole > at { (whole, true) } else { (at + unit, false) }
+                } else {
+                    (run_end.next_multiple_of(unit).max(at + unit), false)
+                }
+            };
+            let run_end = run_end.min(end);
+            let full = extents.len() >= most;
+            match extents.last_mut() {
+                Some(last) if last.hole == hole => last.len += run_end - at,
+                _ if full => break,
+                _ => extents.push(Extent { len: run_end - at, hole }),
+            }
+            at = run_end;
+        }
+        Ok(extents)
+    }
+
+    /// Encrypts and writes a range that was checked, and moves the stored end where it goes past it.
+    fn encrypt_into(&self, offset: u64, buf: &mut [u8]) -> Result<(), VolumeError> {
+        self.ciphers.lend().encrypt(offset / SECTOR, buf).map_err(cipher_failed)?;
+        let (at, end) = (self.layout.payload_offset + offset, offset + buf.len() as u64);
+        if end <= self.stored_bytes() {
+            return Ok(self.store.write_at(at, buf)?);
+        }
+        let _growing = self.growth.lock().unwrap_or_else(PoisonError::into_inner);
+        self.fill_gap(offset)?;
+        self.store.write_at(at, buf)?;
+        self.stored.fetch_max(end, Ordering::AcqRel);
+        Ok(())
+    }
+
+    /// Fills the gap between the stored end and `to` with encrypted zeros. The growth lock is held.
+    fn fill_gap(&self, to: u64) -> Result<(), VolumeError> {
+        let mut at = self.stored_bytes();
+        if to <= at || to - at > MAX_FILLED_GAP {
+            return Ok(());
+        }
+        let mut zeros = vec![0; (to - at).min(ZERO_CHUNK) as usize];
+        while at < to {
+            let piece = zeros.get_mut(..(to - at).min(ZERO_CHUNK) as usize).unwrap_or_default();
+            piece.fill(0);
+            self.ciphers.lend().encrypt(at / SECTOR, piece).map_err(cipher_failed)?;
+            self.store.write_at(self.layout.payload_offset + at, piece)?;
+            at += piece.len() as u64;
+            self.stored.fetch_max(at, Ordering::AcqRel);
+        }
+        Ok(())
+    }
+
+    fn check(&self, offset: u64, len: u64) -> Result<(), VolumeError> {
+        if !offset.is_multiple_of(self.layout.unit) || !len.is_multiple_of(self.layout.unit) {
+            return Err(VolumeError::Unaligned);
+        }
+        match offset.checked_add(len) {
+            Some(end) if end <= self.layout.presented => Ok(()),
+            _ => Err(VolumeError::OutOfRange),
+        }
+    }
+
+    fn check_write(&self, offset: u64, len: u64) -> Result<(), VolumeError> {
+        if self.layout.read_only {
+            return Err(VolumeError::ReadOnly);
+        }
+        self.check(offset, len)
+    }
+}
+
+/// Ranges are checked before the cipher sees them, so this is the library's failure and not the client's.
+fn cipher_failed(error: vmseal_xts::XtsError) -> VolumeError {
+    VolumeError::Io(io::Error::other(error))
+}
+
+#[cfg(test)]
+#[path = "volume_tests.rs"]
+mod tests;
