@@ -42,7 +42,7 @@ test-vectors: rust nextest
 # A soak is the same test with its full count.
 soak-%: build nextest
 	VMSEAL_SOAK=1 $(CARGO) nextest run $(PROFILE) --locked -p vmseal-e2e --profile soak --success-output final \
-	  -E 'test(/^soak_$*/)'
+	  -E 'binary(=$*)'
 
 bench-start: build
 	@$(CARGO) run --quiet $(PROFILE) -p vmseal-e2e --bin bench-start

@@ -4,12 +4,23 @@
 //! Blocking code on threads; only `session` and `join` know tokio. Binaries: `vmseal-agent`, and `vmseal-hook`,
 //! which libvirt runs and which uses nothing of this library but the frames of `vmseal-model`.
 
+pub mod causes;
+pub mod clock;
 pub mod config;
 pub mod control_frame;
 pub mod domain_xml;
+pub mod floors;
+pub mod identity;
+pub mod join;
+pub mod journal;
+pub mod keyring;
+pub mod libvirt;
+pub mod lock;
 pub mod metadata;
 pub mod ports;
 #[cfg(test)]
 pub(crate) mod scratch;
+pub mod session;
 pub mod store;
+pub mod uplink;
 pub mod xml;

@@ -1,0 +1,15 @@
+//! The real `vmseal-disk`, as the agent starts it, against the clients it will meet: QEMU's tools, libnbd, fio, and
+//! ones that mean harm. One test binary, so that it links once.
+
+mod crash;
+mod growth;
+mod hostile;
+mod identity;
+mod interop;
+mod jobs;
+mod lifecycle;
+mod memory;
+mod nbd_client;
+mod peers;
+mod rig;
+mod tools;
