@@ -70,7 +70,9 @@ pub enum JoinError {
         pki: std::path::PathBuf,
     },
     /// Nobody there, or something else than a TLS server.
-    #[error("the vmseal server at {address} cannot be reached: {reason}; is it running, and is the port open?")]
+    #[error(
+        "the vmseal server at {address} cannot be reached: {reason}; is it running, and is the port open?"
+    )]
     Unreachable {
         /// Where.
         address: String,
@@ -148,7 +150,10 @@ pub async fn join(token: &str, state_dir: &Path) -> Result<Joined, JoinError> {
     let reply = timeout(ANSWER, AgentGateClient::new(channel).join(request))
         .await
         .map_err(|e| unreachable(e.to_string()))?
-        .map_err(|status| JoinError::Refused { address: address.clone(), reason: status.message().to_owned() })?
+        .map_err(|status| JoinError::Refused {
+            address: address.clone(),
+            reason: status.message().to_owned(),
+        })?
         .into_inner();
     let wrong = |reason| JoinError::Answer { address: address.clone(), reason };
     let host = reply.host_id.parse().map_err(|_| wrong("it gives no host id"))?;
@@ -174,7 +179,8 @@ fn claims(token: &str) -> Result<JoinClaims, JoinError> {
     }
     let packed = token.strip_prefix(JOIN_TOKEN_PREFIX).ok_or(wrong("it does not begin with 'vmseal1.'"))?;
     let json = Zeroizing::new(URL_SAFE_NO_PAD.decode(packed).map_err(|_| wrong("it is cut off or altered"))?);
-    let mut claims: JoinClaims = serde_json::from_slice(&json).map_err(|_| wrong("it is cut off or altered"))?;
+    let mut claims: JoinClaims =
+        serde_json::from_slice(&json).map_err(|_| wrong("it is cut off or altered"))?;
     claims.ca_sha256.make_ascii_lowercase();
     let hex = claims.ca_sha256.len() == 64 && claims.ca_sha256.bytes().all(|b| b.is_ascii_hexdigit());
     let address = claims.address.rsplit_once(':').is_some_and(|(_, port)| port.parse::<u16>().is_ok());

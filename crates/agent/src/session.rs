@@ -22,7 +22,8 @@ use vmseal_api::{
     agent::{
         PROTOCOL,
         v1::{
-            Command, FromAgent, Hello, ToAgent, Warning, agent_gate_client::AgentGateClient, from_agent, to_agent,
+            Command, FromAgent, Hello, ToAgent, Warning, agent_gate_client::AgentGateClient, from_agent,
+            to_agent,
         },
     },
     join::SERVER_NAME,
@@ -84,7 +85,9 @@ impl Session {
     /// If there can be no thread.
     pub fn start(self) -> io::Result<()> {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-        thread::Builder::new().name("server-session".to_owned()).spawn(move || runtime.block_on(self.run()))?;
+        thread::Builder::new()
+            .name("server-session".to_owned())
+            .spawn(move || runtime.block_on(self.run()))?;
         Ok(())
     }
 
@@ -131,19 +134,25 @@ impl Session {
         self.keyring.set_host(identity.host.host);
         let address = identity.host.server.clone();
         let failed = |e: &dyn Error| format!("the vmseal server at {address} does not answer: {}", causes(e));
-        let channel = channel(&identity.host.server, &identity.ca_pem, Some(&identity)).map_err(|e| failed(&*e))?;
-        let channel = timeout(ANSWER, channel.connect()).await.map_err(|e| failed(&e))?.map_err(|e| failed(&e))?;
+        let channel =
+            channel(&identity.host.server, &identity.ca_pem, Some(&identity)).map_err(|e| failed(&*e))?;
+        let channel =
+            timeout(ANSWER, channel.connect()).await.map_err(|e| failed(&e))?.map_err(|e| failed(&e))?;
 
         let (out, queue) = tokio::sync::mpsc::channel(QUEUE);
         let hello = FromAgent { body: Some(from_agent::Body::Hello(self.hello())) };
         out.try_send(hello).map_err(|e| failed(&e))?;
         let mut client = AgentGateClient::<Channel>::new(channel);
-        let opened = timeout(ANSWER, client.session(ReceiverStream::new(queue))).await.map_err(|e| failed(&e))?;
-        let refused = |status: tonic::Status| format!("the vmseal server at {address} refused: {}", status.message());
+        let opened =
+            timeout(ANSWER, client.session(ReceiverStream::new(queue))).await.map_err(|e| failed(&e))?;
+        let refused =
+            |status: tonic::Status| format!("the vmseal server at {address} refused: {}", status.message());
         let mut answers = opened.map_err(refused)?.into_inner();
         match timeout(ANSWER, answers.message()).await.map_err(|e| failed(&e))?.map_err(refused)? {
             Some(ToAgent { body: Some(to_agent::Body::Welcome(_)) }) => Ok((address, out, answers)),
-            Some(_) => Err(format!("the server at {address} did not say welcome first; is it a vmseal server?")),
+            Some(_) => {
+                Err(format!("the server at {address} did not say welcome first; is it a vmseal server?"))
+            }
             None => Err(format!("the vmseal server at {address} closed the session at once; see its log")),
         }
     }

@@ -45,7 +45,7 @@ pub struct Provider {
     pub kind: ProviderKind,
     /// Whether new keys come from it when none is named.
     pub default: bool,
-    /// Whether new keys may be taken from it: its newest generation has a verified backup.
+    /// Whether new keys may be taken from it: one of its generations has a verified backup.
     pub usable: bool,
     /// Its KDKs, oldest first.
     pub generations: Vec<Generation>,

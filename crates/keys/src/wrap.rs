@@ -99,6 +99,13 @@ pub fn associated_data(head: &RecordHead, id: &RecipientId) -> Vec<u8> {
     out
 }
 
+/// What a per-VM KEK wrapped by AES-256-GCM (kinds 3 and 4) is bound to: VM id, then provider id and KEK id as stored.
+pub fn kek_associated_data(vm: VmId, provider: &ProviderId, kek: &KekId) -> Vec<u8> {
+    let id = RecipientId { kind: RecipientKind::Wrapped, provider: provider.clone(), kek: kek.clone() };
+    // The name of a recipient without its kind, which the broker does not depend on.
+    [&vm.to_bytes(), &id.encode()[1..]].concat()
+}
+
 /// What a record is of, where another was expected.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Mismatch {

@@ -20,7 +20,7 @@ use crate::{
 /// An accepted LUKS2 header of a volume at rest.
 #[derive(Debug, Clone)]
 pub struct Header {
-    metadata: Metadata,
+    pub(crate) metadata: Metadata,
     disk: DiskId,
     unit_bytes: u32,
     payload_offset: u64,
@@ -37,7 +37,7 @@ impl Header {
         Self::judge(rewrite::load(file, detached)?.metadata)
     }
 
-    fn judge(metadata: Metadata) -> Result<Self, LuksError> {
+    pub(crate) fn judge(metadata: Metadata) -> Result<Self, LuksError> {
         match policy::check(&metadata).map_err(LuksError::Refused)? {
             Kind::Plain => {}
             Kind::Reencrypting => return Err(LuksError::Reencrypting),
@@ -81,7 +81,11 @@ impl Header {
 
     /// Whether this is the key the header was made for.
     pub fn digest_matches(&self, dek: &Dek) -> bool {
-        crate::digest::matches(&self.metadata, dek.data_key())
+        self.key_matches(dek.data_key())
+    }
+
+    pub(crate) fn key_matches(&self, key: &[u8; 64]) -> bool {
+        crate::digest::matches(&self.metadata, key)
     }
 
     /// What it says, for people.

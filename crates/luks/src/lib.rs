@@ -13,9 +13,10 @@
 //! | `policy`, `reencrypt` | what the format allows and we refuse |
 //! | `copies`, `rewrite` | two copies: which one counts, how both are replaced |
 //! | [`create`], [`header`], [`inspect`](mod@inspect), [`describe`] | what callers use |
-//! | [`digest`] | proof of a key |
+//! | [`digest`], [`keyslot`], `af` | proof of a key; keyslots for stock tools |
 //! | [`token`], [`owner`] | our token, our owner block |
 
+mod af;
 pub mod binary_header;
 mod copies;
 pub mod create;
@@ -26,6 +27,7 @@ mod fields;
 pub mod header;
 pub mod inspect;
 mod json;
+pub mod keyslot;
 mod layout;
 pub mod metadata;
 pub mod owner;

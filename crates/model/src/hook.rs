@@ -209,7 +209,17 @@ mod tests {
 
     #[test]
     fn only_prepare_migrate_and_restore_may_refuse() {
-        let all = ["prepare", "start", "started", "stopped", "release", "migrate", "restore", "reconnect", "attach"];
+        let all = [
+            "prepare",
+            "start",
+            "started",
+            "stopped",
+            "release",
+            "migrate",
+            "restore",
+            "reconnect",
+            "attach",
+        ];
         let may: Vec<_> = all.iter().filter(|a| Phase::from_arg(a).unwrap().may_refuse()).collect();
         assert_eq!(may, [&"prepare", &"migrate", &"restore"]);
     }

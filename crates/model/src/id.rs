@@ -179,7 +179,9 @@ pub struct ProviderId(String);
 
 /// Why a text is no provider name.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("'{text}' is no provider name: 1 to 64 letters, digits, '.', '_' or '-', starting with a letter or digit")]
+#[error(
+    "'{text}' is no provider name: 1 to 64 letters, digits, '.', '_' or '-', starting with a letter or digit"
+)]
 pub struct ParseProviderIdError {
     /// The text, shortened to 80 characters, control characters escaped.
     pub text: String,

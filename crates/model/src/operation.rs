@@ -87,10 +87,20 @@ pub const OPERATIONS: &[Operation] = &[
     row("provider-show", Privilege::CryptoReadKeyServersInfo, ObjectKind::Provider, ""),
     row("provider-create", Privilege::CryptoManageKeyServers, ObjectKind::Root, "provider.create"),
     row("provider-export", Privilege::CryptoManageKeyServers, ObjectKind::Provider, "provider.export"),
-    row("provider-confirm-backup", Privilege::CryptoManageKeyServers, ObjectKind::Provider, "provider.backed-up"),
+    row(
+        "provider-confirm-backup",
+        Privilege::CryptoManageKeyServers,
+        ObjectKind::Provider,
+        "provider.backed-up",
+    ),
     row("provider-import", Privilege::CryptoManageKeyServers, ObjectKind::Root, "provider.import"),
     row("provider-remove", Privilege::CryptoManageKeyServers, ObjectKind::Provider, "provider.remove"),
-    row("provider-set-default", Privilege::CryptoManageKeyServers, ObjectKind::Provider, "provider.set-default"),
+    row(
+        "provider-set-default",
+        Privilege::CryptoManageKeyServers,
+        ObjectKind::Provider,
+        "provider.set-default",
+    ),
     row("host-list", Privilege::Read, ObjectKind::Root, ""),
     row("host-show", Privilege::Read, ObjectKind::Host, ""),
     row("host-join-token", Privilege::CryptoRegisterHost, ObjectKind::Root, "host.join-token"),
@@ -144,7 +154,10 @@ mod tests {
     #[test]
     fn audit_verb_stands_exactly_where_something_changes() {
         for o in OPERATIONS {
-            let reads = matches!(o.name.rsplit('-').next(), Some("list" | "show" | "status" | "doctor" | "verify" | "events"));
+            let reads = matches!(
+                o.name.rsplit('-').next(),
+                Some("list" | "show" | "status" | "doctor" | "verify" | "events")
+            );
             assert_eq!(o.audit.is_empty(), reads, "{}", o.name);
         }
     }

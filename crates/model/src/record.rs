@@ -175,7 +175,8 @@ impl RecordHead {
                     2 => HeaderKind::Detached,
                     _ => return Err(RecordError::Field { field: "header kind" }),
                 },
-                unit: UnitBytes::from_bytes(unit_bytes.into()).ok_or(RecordError::Field { field: "unit bytes" })?,
+                unit: UnitBytes::from_bytes(unit_bytes.into())
+                    .ok_or(RecordError::Field { field: "unit bytes" })?,
                 payload_offset,
             },
             (2, CIPHER_NONE) => {
@@ -417,7 +418,9 @@ impl Recipient {
         }
         let seal = match kind {
             RecipientKind::Recovery => RecipientSeal::Hpke { enc: reader.array()? },
-            RecipientKind::Kek | RecipientKind::Native => RecipientSeal::Gcm { salt, nonce, wrapped_kek: None },
+            RecipientKind::Kek | RecipientKind::Native => {
+                RecipientSeal::Gcm { salt, nonce, wrapped_kek: None }
+            }
             RecipientKind::Wrapped | RecipientKind::InKms => {
                 let wrapping_key = reader.long()?.to_vec();
                 let [algorithm] = reader.array()?;

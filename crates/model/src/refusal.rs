@@ -102,7 +102,10 @@ impl Code {
 
     /// The code of a word; `None` for one a newer peer knows.
     pub fn from_word(word: &str) -> Option<Self> {
-        serde::Deserialize::deserialize(serde::de::value::StrDeserializer::<serde::de::value::Error>::new(word)).ok()
+        serde::Deserialize::deserialize(serde::de::value::StrDeserializer::<serde::de::value::Error>::new(
+            word,
+        ))
+        .ok()
     }
 
     /// Exit code of the CLI: 3 refused, 4 locked, 5 unreachable, 1 failed, 2 usage.

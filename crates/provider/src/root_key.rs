@@ -11,7 +11,7 @@ use std::{
 };
 
 use rustix::{fs::OFlags, process::geteuid};
-use vmseal_keys::{SecretBytes, SecretError, random_bytes};
+use vmseal_keys::{SecretBytes, SecretError, derive, random_bytes};
 
 /// The only mode that is accepted.
 const MODE: u32 = 0o600;
@@ -75,6 +75,15 @@ impl RootKey {
         let mut secret = SecretBytes::try_zeroed()?;
         file.read_exact(secret.expose_mut()).map_err(failed(&path(), "read"))?;
         Ok(Self(secret))
+    }
+
+    /// A key of its own for another purpose of the server: sealing its audit, its CA's private key.
+    ///
+    /// # Errors
+    ///
+    /// [`SecretError`] if there is no secret memory.
+    pub fn derive(&self, purpose: &str) -> Result<SecretBytes<32>, SecretError> {
+        derive::derive_key(self.0.expose(), &[], &derive::info(purpose, &[]))
     }
 
     pub(crate) fn expose(&self) -> &[u8; Self::LEN] {

@@ -4,7 +4,9 @@ use std::{path::Path, pin::Pin, sync::Mutex};
 
 use aws_lc_rs::digest::{SHA256, digest};
 use base64::{Engine as _, engine::general_purpose::URL_SAFE_NO_PAD};
-use rcgen::{BasicConstraints, CertificateParams, CertificateSigningRequestParams, DnType, IsCa, Issuer, KeyPair};
+use rcgen::{
+    BasicConstraints, CertificateParams, CertificateSigningRequestParams, DnType, IsCa, Issuer, KeyPair,
+};
 use tokio::sync::mpsc::{Receiver, Sender, channel as queue};
 use tokio_stream::{Stream, StreamExt, wrappers::TcpListenerStream};
 use tonic::{
@@ -48,7 +50,11 @@ impl Authority {
         let server = CertificateParams::new(vec![SERVER_NAME.to_owned()]).unwrap();
         let server = server.signed_by(&key, &issuer).unwrap();
         Self {
-            ca_sha256: digest(&SHA256, certificate.der()).as_ref().iter().map(|b| format!("{b:02x}")).collect(),
+            ca_sha256: digest(&SHA256, certificate.der())
+                .as_ref()
+                .iter()
+                .map(|b| format!("{b:02x}"))
+                .collect(),
             ca_pem: certificate.pem(),
             chain_pem: server.pem() + &certificate.pem(),
             key_pem: key.serialize_pem(),
@@ -95,7 +101,10 @@ impl AgentGate for Gate {
             return Err(Status::unauthenticated("no certificate"));
         }
         let (down, answers) = queue(16);
-        self.sessions.send((down, request.into_inner())).await.map_err(|e| Status::internal(e.to_string()))?;
+        self.sessions
+            .send((down, request.into_inner()))
+            .await
+            .map_err(|e| Status::internal(e.to_string()))?;
         Ok(Response::new(Box::pin(ReceiverStream::new(answers))))
     }
 }
@@ -139,7 +148,9 @@ fn start(state_dir: &Path) -> (Arc<Uplink>, Arc<Keyring>, mpsc::Receiver<ServerE
 /// Takes the next session at the server and answers its hello.
 async fn welcome(opened: &mut Receiver<Opened>) -> (Opened, Hello) {
     let (down, mut up) = opened.recv().await.unwrap();
-    let Some(from_agent::Body::Hello(hello)) = up.next().await.unwrap().unwrap().body else { panic!("a hello") };
+    let Some(from_agent::Body::Hello(hello)) = up.next().await.unwrap().unwrap().body else {
+        panic!("a hello")
+    };
     let welcome = to_agent::Body::Welcome(Welcome { server_id: "s".into(), version: "0".into() });
     down.send(Ok(ToAgent { body: Some(welcome) })).await.unwrap();
     ((down, up), hello)
@@ -178,9 +189,12 @@ fn token_that_is_none_says_what_is_wrong() {
     let (scratch, runtime) = (Scratch::new(), runtime());
     let good = Authority::new().token("127.0.0.1:1", "good");
     let no_address = Authority::new().token("here", "good");
-    for (token, reason) in
-        [("", "vmseal1."), (&good[..good.len() - 9], "cut off"), (no_address.as_str(), "no address"), (&good, "cannot be reached")]
-    {
+    for (token, reason) in [
+        ("", "vmseal1."),
+        (&good[..good.len() - 9], "cut off"),
+        (no_address.as_str(), "no address"),
+        (&good, "cannot be reached"),
+    ] {
         let error = runtime.block_on(join(token, scratch.path())).unwrap_err().to_string();
         assert!(error.contains(reason), "{error}");
         assert!(!error.contains("good"), "{error}");

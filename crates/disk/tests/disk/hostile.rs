@@ -193,7 +193,16 @@ fn handshake_that_is_nonsense_never_ends_the_worker() {
                     let mut bytes = pattern(round * 7 + thread + 1, 300);
                     if round % 3 != 0 {
                         bytes[..8].copy_from_slice(b"IHAVEOPT");
-                        bytes[8..16].copy_from_slice(&[0, 0, 0, (round % 12) as u8, 0, 0, 0, (round % 40) as u8]);
+                        bytes[8..16].copy_from_slice(&[
+                            0,
+                            0,
+                            0,
+                            (round % 12) as u8,
+                            0,
+                            0,
+                            0,
+                            (round % 40) as u8,
+                        ]);
                     }
                     if let Ok(mut stream) = greet(&socket) {
                         let _ = stream.write_all(&bytes);

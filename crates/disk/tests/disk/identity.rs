@@ -14,7 +14,9 @@ fn what_is_written_lies_in_the_file_as_xts_of_its_place() {
             let disk = rig.disk();
             let mut model = vec![0; 4 << 20];
             let mut client = Client::connect(&disk.socket).unwrap();
-            for (i, (at, len)) in [(0, 4096), (8192, 512 << 10), (3 << 20, 1 << 20), (4096, 4096)].into_iter().enumerate() {
+            for (i, (at, len)) in
+                [(0, 4096), (8192, 512 << 10), (3 << 20, 1 << 20), (4096, 4096)].into_iter().enumerate()
+            {
                 let data = pattern(i as u64, len);
                 client.write(at as u64, &data, 0).unwrap();
                 model[at..at + len].copy_from_slice(&data);

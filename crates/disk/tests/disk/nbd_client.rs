@@ -194,7 +194,12 @@ impl Client {
     }
 
     /// Extents as (length, flags).
-    pub(crate) fn block_status(&mut self, offset: u64, length: u32, flags: u16) -> Result<Vec<(u32, u32)>, Fault> {
+    pub(crate) fn block_status(
+        &mut self,
+        offset: u64,
+        length: u32,
+        flags: u16,
+    ) -> Result<Vec<(u32, u32)>, Fault> {
         self.send(BLOCK_STATUS, flags, offset, length)?;
         let chunk = self.answer(0)?;
         assert_eq!(chunk[..4], 1u32.to_be_bytes(), "the context's id");

@@ -20,7 +20,9 @@ use std::{
 use vmseal_disk::frame;
 use vmseal_keys::{Dek, SecretShare, key_check, random_bytes};
 use vmseal_model::{
-    control::{CONTROL_VERSION, ControlReply, ControlRequest, DiskSetup, DiskStatus, KEY_SLOT_BYTES, SETUP_FD, Setup},
+    control::{
+        CONTROL_VERSION, ControlReply, ControlRequest, DiskSetup, DiskStatus, KEY_SLOT_BYTES, SETUP_FD, Setup,
+    },
     id::{DiskId, DomainUuid, VmId},
 };
 use vmseal_xts::Cipher;
@@ -180,7 +182,8 @@ pub(crate) fn spawn(role: &str, log: &Path) -> (Child, UnixStream) {
     // SAFETY: dup2 and fcntl are async-signal-safe; `fd` is open until after the spawn.
     unsafe {
         command.pre_exec(move || {
-            let done = if fd == SETUP_FD { libc::fcntl(fd, libc::F_SETFD, 0) } else { libc::dup2(fd, SETUP_FD) };
+            let done =
+                if fd == SETUP_FD { libc::fcntl(fd, libc::F_SETFD, 0) } else { libc::dup2(fd, SETUP_FD) };
             if done < 0 { Err(std::io::Error::last_os_error()) } else { Ok(()) }
         });
     }
