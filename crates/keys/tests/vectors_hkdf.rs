@@ -88,14 +88,17 @@ fn rfc_4231_cases_hold() {
 fn hkdf_is_rfc_5869_over_hmac_sha_512() {
     let text = vector_files::read("rfc/rfc-5869-HKDF-SHA256.txt");
     let mut tally = Tally::new("RFC 5869, inputs of its SHA-256 cases, HKDF-SHA-512 written out from HMAC");
-    let inputs: Vec<(Vec<u8>, Vec<u8>, Vec<u8>, usize)> = match &text {
+    let inputs = match &text {
         Some(text) => {
             // Empty lines stand within a case of this file, so the next 'COUNT' is what ends one.
             let joined = text.lines().filter(|line| !line.trim().is_empty() && !line.starts_with('#'));
             let joined: String = joined.map(|line| line.replace("COUNT", "\nCOUNT") + "\n").collect();
             let cases = vector_files::cases(&joined);
             assert_eq!(cases.len(), 3);
-            cases.iter().map(|c| (c.bytes("IKM"), c.bytes("salt"), c.bytes("info"), c.number("L"))).collect()
+            cases
+                .iter()
+                .map(|c| (c.bytes("IKM"), c.bytes("salt"), c.bytes("info"), c.number("L")))
+                .collect::<Vec<_>>()
         }
         None => {
             vector_files::not_there("RFC 5869");
