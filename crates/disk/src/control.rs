@@ -136,7 +136,7 @@ fn answer(stream: &UnixStream, worker: &Worker) {
                 Ok(()) => {
                     log::line(format_args!("ending as asked"));
                     let _ = frame::send(stream, &ControlReply::Stopping, &[]);
-                    std::process::exit(crate::EXIT_DONE);
+                    crate::end_process(crate::EXIT_DONE);
                 }
                 Err(message) => ControlReply::Refused { message },
             },

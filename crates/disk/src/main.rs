@@ -2,7 +2,7 @@
 
 use std::{io::Write, os::unix::net::UnixStream};
 
-use vmseal_disk::{EXIT_DONE, EXIT_FAILED, EXIT_SETUP, descriptors, job, keeper, log, worker};
+use vmseal_disk::{EXIT_DONE, EXIT_FAILED, EXIT_SETUP, descriptors, end_process, job, keeper, log, worker};
 
 const USAGE: &str = "\
 usage: vmseal-disk keeper | job | --version
@@ -12,7 +12,7 @@ descriptor 3; it is of no use on the command line. See `vmseal vm` and `vmseal d
 ";
 
 fn main() {
-    std::process::exit(run());
+    end_process(run())
 }
 
 fn run() -> i32 {
@@ -20,6 +20,7 @@ fn run() -> i32 {
         std::env::args_os().skip(1).map(|a| a.to_string_lossy().into_owned()).collect();
     let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
     if let ["--version" | "-V"] = arguments[..] {
+        // A whole line goes out at once.
         let _ = writeln!(std::io::stdout(), "vmseal-disk {}", env!("CARGO_PKG_VERSION"));
         return EXIT_DONE;
     }

@@ -13,6 +13,9 @@ mod request;
 mod transmission;
 mod wire;
 
+#[cfg(test)]
+mod conversation_tests;
+
 use std::{io, os::unix::net::UnixStream, time::Duration};
 
 pub use self::wire::MAX_PAYLOAD;

@@ -69,10 +69,10 @@ fn connections_that_grow_the_volume_together_lose_nothing() {
 }
 
 /// A file system of 24 MiB that is unmounted again.
-struct SmallFileSystem(PathBuf);
+pub(crate) struct SmallFileSystem(pub(crate) PathBuf);
 
 impl SmallFileSystem {
-    fn mount(scratch: &Scratch) -> Option<Self> {
+    pub(crate) fn mount(scratch: &Scratch) -> Option<Self> {
         let path = scratch.path("small");
         fs::create_dir(&path).unwrap();
         let target = CString::new(path.as_os_str().as_bytes()).unwrap();

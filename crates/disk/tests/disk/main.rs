@@ -13,3 +13,4 @@ mod nbd_client;
 mod peers;
 mod rig;
 mod tools;
+mod unprivileged;

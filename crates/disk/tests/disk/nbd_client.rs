@@ -33,7 +33,7 @@ pub(crate) enum Fault {
     /// The server said so.
     Errno(u32),
     /// The connection is gone.
-    Gone(io::Error),
+    Gone(#[expect(dead_code, reason = "shown when a test unwraps it")] io::Error),
 }
 
 impl From<io::Error> for Fault {
@@ -187,6 +187,20 @@ impl Client {
         self.send(WRITE, flags, offset, data.len() as u32)?;
         self.stream.write_all(data)?;
         self.answer(0).map(drop)
+    }
+
+    /// Sends all, then waits for all answers.
+    pub(crate) fn write_batch(&mut self, writes: &[(u64, Vec<u8>)]) -> Result<(), Fault> {
+        let first = self.cookie;
+        for (offset, data) in writes {
+            self.send(WRITE, 0, *offset, data.len() as u32)?;
+            self.stream.write_all(data)?;
+        }
+        for i in 0..writes.len() as u64 {
+            self.cookie = first + 1 + i;
+            self.answer(0)?;
+        }
+        Ok(())
     }
 
     pub(crate) fn flush(&mut self) -> Result<(), Fault> {

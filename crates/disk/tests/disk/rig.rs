@@ -166,8 +166,8 @@ pub(crate) fn hex(bytes: &[u8]) -> String {
 /// Key memory with the keys of some disks in their slots.
 pub(crate) fn key_memory(disks: &[Disk]) -> SecretShare {
     let mut share = SecretShare::create(disks.len() * KEY_SLOT_BYTES).unwrap();
-    for disk in disks {
-        let at = disk.setup.key_slot as usize * KEY_SLOT_BYTES;
+    for (slot, disk) in disks.iter().enumerate() {
+        let at = slot * KEY_SLOT_BYTES;
         share.as_mut_slice()[at..at + 96].copy_from_slice(&disk.payload);
     }
     share
@@ -175,8 +175,12 @@ pub(crate) fn key_memory(disks: &[Disk]) -> SecretShare {
 
 /// Starts `vmseal-disk <role>` with one end of a socket pair as descriptor 3; gives the other end.
 pub(crate) fn spawn(role: &str, log: &Path) -> (Child, UnixStream) {
+    spawn_with(Command::new(BINARY), role, log)
+}
+
+/// The same with a command that names another copy of the program, or another user.
+pub(crate) fn spawn_with(mut command: Command, role: &str, log: &Path) -> (Child, UnixStream) {
     let (ours, theirs) = UnixStream::pair().unwrap();
-    let mut command = Command::new(BINARY);
     command.arg(role).stdin(Stdio::null()).stdout(Stdio::null()).stderr(File::create(log).unwrap());
     let fd = theirs.as_raw_fd();
     // SAFETY: dup2 and fcntl are async-signal-safe; `fd` is open until after the spawn.
@@ -215,7 +219,11 @@ impl Plan {
 
     /// Starts a keeper with it.
     pub(crate) fn start(self) -> Rig {
-        let (keeper, setup_socket) = spawn("keeper", &self.scratch.path("log"));
+        self.start_with(Command::new(BINARY))
+    }
+
+    pub(crate) fn start_with(self, command: Command) -> Rig {
+        let (keeper, setup_socket) = spawn_with(command, "keeper", &self.scratch.path("log"));
         let setup = Setup {
             version: CONTROL_VERSION,
             vm: self.vm,
