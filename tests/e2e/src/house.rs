@@ -162,10 +162,15 @@ impl House {
 
     /// Makes a native provider and its verified backup, `<state>/<name>.p12`.
     pub fn create_provider(&self, name: &str) {
+        self.must_vmseal(&["provider", "create", "--native", name]);
+        self.back_up_provider(name);
+    }
+
+    /// Exports and so verifies the backup of a native provider.
+    pub fn back_up_provider(&self, name: &str) {
         let password = self.lab.state.join("backup-password");
         fs::write(&password, BACKUP_PASSWORD).expect("own folder");
         fs::set_permissions(&password, fs::Permissions::from_mode(0o600)).expect("own file");
-        self.must_vmseal(&["provider", "create", "--native", name]);
         let out = self.backup(name);
         self.must_vmseal(&[
             "provider",
@@ -370,7 +375,7 @@ pub fn items(value: &Value) -> &[Value] {
 }
 
 /// Kernel and initramfs, made once, where QEMU can read them.
-fn guest_image(lab: &Lab) -> PathBuf {
+pub fn guest_image(lab: &Lab) -> PathBuf {
     let made = lab::target_dir().join("lab-guest");
     shell::must(Command::new(lab::tree().join("tests/lab/guest.sh")).arg(&made));
     let here = lab.folder("guest");

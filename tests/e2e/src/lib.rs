@@ -3,6 +3,7 @@
 
 pub mod console;
 pub mod domain;
+pub mod hand;
 pub mod house;
 pub mod lab;
 pub mod libvirtd;

@@ -1,6 +1,7 @@
-//! `make demo`: the main job on this machine, with everything real: server, agent, a libvirtd of its own, a small
-//! Linux guest. Encrypts it, boots it, lets it write, looks whether the words are anywhere in clear, recovers the key
-//! with stock tools. One line of evidence each; leaves it running.
+//! `make demo`: what there is so far, on this machine, everything real: the server, a key provider with its backup, an
+//! encrypted disk under a small Linux guest. Lets the guest write, looks whether the words are anywhere in clear, kills
+//! the disk process, recovers the key with stock tools. One line of evidence each; leaves it running. The host's part
+//! is done by hand until the agent's rooms are built.
 
 use std::{
     fs,
@@ -10,6 +11,7 @@ use std::{
 };
 
 use vmseal_e2e::{
+    hand::HandMade,
     house::{self, BACKUP_PASSWORD, House, path},
     lab::{self, Lab},
     libvirtd, scan, shell,
@@ -53,61 +55,68 @@ impl Evidence {
 fn up() -> ExitCode {
     down();
     let mut evidence = Evidence { begin: Instant::now(), failed: false };
-    let house = House::start(Lab::kept(NAME, home()));
-    let version = house.libvirtd.must_virsh(&["version", "--daemon"]);
-    let versions =
-        version.lines().filter_map(|l| l.split_once(": ")).map(|(_, v)| v.trim()).collect::<Vec<_>>();
-    evidence.line(true, &format!("server, agent and a private libvirtd run ({})", versions.join(", ")));
+    let mut house = House::bare(Lab::kept(NAME, home()));
+    house.start_server();
+    evidence.line(true, "vmseal-server runs as its own user, with its own CA and audit");
+    house.must_vmseal(&["provider", "create", "--native", "main"]);
+    let early = house.json(&["provider", "show", "main"]);
+    evidence.line(
+        early["usable"] == false,
+        "key provider 'main' is made, and unusable before its backup is verified",
+    );
+    house.back_up_provider("main");
     let provider = house.json(&["provider", "show", "main"]);
+    let backup = house.backup("main");
     evidence.line(
         provider["usable"] == true,
-        &format!(
-            "key provider 'main' made, its backup {} written and verified",
-            house.backup("main").display()
-        ),
+        &format!("its backup {} is written, read back, verified", backup.display()),
     );
 
-    let guest = house.guest("web01", &[("vda", "64M", "raw")]);
-    let image = guest.disks[0].1.clone();
-    shell::must(shell::tool("mke2fs").args(["-q", "-t", "ext4"]).arg(&image));
-    house.define(&guest);
-    println!("  vmseal vm encrypt web01");
-    house.must_vmseal(&["vm", "encrypt", "web01"]);
-    let shown = house.json(&["vm", "show", "web01"]);
-    evidence.line(shown["coverage"] == "encrypted", "VM web01 with its ext4 disk is encrypted");
-    evidence.line(!image.exists(), &format!("the clear image {} is wiped and gone", image.display()));
-
-    println!("  virsh start web01");
-    let mut console = house.boot(&guest);
-    console.sh(&format!("mount -t ext4 /dev/vda /mnt && echo {MARKER} > /mnt/marker && sync && umount /mnt"));
-    evidence.line(true, "the guest boots from libvirt and writes a marker to its disk");
-    house.power_off(&guest, &mut console);
+    let image = house::guest_image(&house.lab);
+    let vm = HandMade::create(&house.lab, image, "web01", &backup, BACKUP_PASSWORD, 64 << 20);
+    vm.serve();
+    let mut console = vm.boot();
+    console.sh("mkfs.ext4 -q /dev/vda && mount -t ext4 /dev/vda /mnt");
+    console.sh(&format!("echo {MARKER} > /mnt/marker && sync"));
+    evidence.line(true, "a guest boots on an encrypted disk, makes a file system and writes a marker");
+    let (keeper, worker) = vm.pids().expect("the disk answers");
+    shell::must(Command::new("kill").args(["-9", &worker.to_string()]));
+    let wrote =
+        console.try_sh("dd if=/dev/zero of=/mnt/more bs=64k count=32 conv=fsync 2>/dev/null && umount /mnt");
+    let again = vm.pids();
+    evidence.line(
+        wrote.0 == 0 && again.is_some_and(|(k, w)| k == keeper && w != worker),
+        "its disk process is killed under I/O: the keeper starts another, the guest sees no error",
+    );
+    vm.power_off(&mut console);
     let clear = scan::files_with(&house.lab.state, &[MARKER.as_bytes()]);
     let clear = clear.iter().map(|(p, _)| p.display().to_string()).collect::<Vec<_>>().join(" ");
     evidence.line(
         clear.is_empty(),
         &format!("the marker is in no file below {} {clear}", house.lab.state.display()),
     );
-    let mut console = house.boot(&guest);
+    let mut console = vm.boot();
     let read = console.sh("mount -t ext4 /dev/vda /mnt && cat /mnt/marker && umount /mnt");
     evidence.line(read.contains(MARKER), "after power-off and power-on the guest reads it back");
 
-    recover(&house, &image, &mut evidence);
+    recover(&house, &vm.volume, &mut evidence);
+    let qemu = vm.qemu_pid().unwrap_or_default();
     try_next(&house);
-    let pids = house.leave();
-    fs::write(home().join("pids"), pids.map(|p| p.to_string()).join("\n")).expect("own folder");
+    let [_, server, libvirtd] = house.leave();
+    fs::write(home().join("pids"), format!("{qemu}\n{server}\n{libvirtd}\n")).expect("own folder");
     if evidence.failed { ExitCode::FAILURE } else { ExitCode::SUCCESS }
 }
 
-fn recover(house: &House, image: &Path, evidence: &mut Evidence) {
-    let volume = PathBuf::from(format!("{}.vmseal", image.display()));
+fn recover(house: &House, volume: &Path, evidence: &mut Evidence) {
+    let judged = house.vmseal(&["disk", "inspect", path(volume)]);
+    evidence.line(judged.ok() && judged.stdout.contains("accept"), "vmseal disk inspect: accept");
     let key = house.lab.state.join("recovered.key");
     let password = house.lab.state.join("backup-password");
     house.must_vmseal(&[
         "key",
         "recover",
         "--volume",
-        path(&volume),
+        path(volume),
         "--backup",
         path(&house.backup("main")),
         "--password-file",
@@ -119,7 +128,7 @@ fn recover(house: &House, image: &Path, evidence: &mut Evidence) {
         shell::tool("cryptsetup")
             .args(["open", "--type", "luks2", "--test-passphrase", "--key-size", "512", "--volume-key-file"])
             .arg(&key)
-            .arg(&volume),
+            .arg(volume),
     );
     fs::remove_file(&key).expect("own file");
     evidence.line(opened.ok(), "the key recovered from the backup opens the volume with stock cryptsetup");
@@ -140,7 +149,7 @@ fn try_next(house: &House) {
     shell::must(shell::tool("chmod").arg("0755").arg(&wrapper));
     println!("\nIt all runs on. To try:");
     println!("  virsh -c '{}' list", libvirtd::uri(&house.lab.run));
-    for line in ["status", "vm show web01", "task list", "audit list", "doctor"] {
+    for line in ["status", "provider show main", "audit list", "audit verify", "doctor"] {
         println!("  {} {line}", wrapper.display());
     }
     println!(
@@ -157,17 +166,21 @@ fn down() {
     stop_guests(&run);
     for pid in pids.lines().filter_map(|p| p.parse::<i32>().ok()) {
         let name = fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default();
-        if ["vmseal-agent", "vmseal-server", "libvirtd"].contains(&name.trim()) {
+        if ["qemu-system-x86", "vmseal-server", "libvirtd"].contains(&name.trim()) {
             shell::run(Command::new("kill").arg(pid.to_string()));
-            shell::until("it ends", std::time::Duration::from_secs(20), || {
-                !Path::new(&format!("/proc/{pid}")).exists()
-            });
+            shell::until("it ends", std::time::Duration::from_secs(20), || gone(pid));
         }
     }
     house::end_disks(&run);
     if state.exists() || run.exists() {
         Lab::remove(NAME, &home());
     }
+}
+
+/// Whether a process has ended; one that waits to be reaped has.
+fn gone(pid: i32) -> bool {
+    fs::read_to_string(format!("/proc/{pid}/stat"))
+        .map_or(true, |stat| stat.rsplit(')').next().is_some_and(|s| s.starts_with(" Z")))
 }
 
 fn stop_guests(run: &Path) {
