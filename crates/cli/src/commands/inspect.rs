@@ -25,7 +25,7 @@ pub(super) struct InspectArgs {
 pub(super) fn run(context: &Context, args: &InspectArgs) -> Result<u8, CliError> {
     let (path, detached) = match (&args.header, &args.file) {
         (Some(header), _) => (header, Some(true)),
-        (None, Some(file)) => (file, None),
+        (None, Some(file)) => (file, Some(false)),
         (None, None) => return Err(CliError::usage("name a file")),
     };
     let mut file = File::open(path).map_err(|e| CliError::file("read", path, &e))?;
