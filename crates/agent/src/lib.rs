@@ -17,10 +17,12 @@ pub mod keyring;
 pub mod libvirt;
 pub mod lock;
 pub mod metadata;
+pub mod new_volume;
 pub mod ports;
 #[cfg(test)]
 pub(crate) mod scratch;
 pub mod session;
 pub mod store;
 pub mod uplink;
+pub mod volume;
 pub mod xml;

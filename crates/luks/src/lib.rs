@@ -49,7 +49,8 @@ pub use token::VmsealToken;
 
 /// Bytes before the payload of a volume with an attached header, and the length of a detached header's file.
 pub const HEADER_BYTES: u64 = 16 << 20;
-/// Where the owner block is, in the data file as in a detached header.
+/// Where the owner block is, in the file that holds the header. With a detached header nothing is ever written at this
+/// place of the data, which is the guest's there; only the lock's byte range is the same in both files.
 pub const OWNER_BLOCK_OFFSET: u64 = 15 << 20;
 /// Bytes of the owner block.
 pub const OWNER_BLOCK_LEN: usize = 4096;

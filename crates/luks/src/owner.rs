@@ -1,6 +1,6 @@
 //! The owner block: which host holds a volume, and in what state. Information; the lock decides.
 //!
-//! In go 4096 bytes from byte 15 MiB of a data file or detached header, and back. Layout, little-endian:
+//! In go 4096 bytes from byte 15 MiB of the file with the header, and back. Layout, little-endian:
 //!
 //! | bytes | what |
 //! |---|---|
@@ -161,7 +161,7 @@ impl OwnerBlock {
         Ok(Self { host, generation, state, hand_over_to: (to != NOBODY).then_some(to) })
     }
 
-    /// Reads the block of a data file or detached header. A file that ends before it was never held.
+    /// Reads the block out of the file with the header. A file that ends before it was never held.
     ///
     /// # Errors
     ///
@@ -175,7 +175,9 @@ impl OwnerBlock {
         }
     }
 
-    /// Writes the block and waits until it is on the disk. The caller holds the lock.
+    /// Writes the block into the file with the header, and waits until it is on the disk. The caller holds the lock.
+    ///
+    /// Never to be used on the data of a detached header: the guest's own bytes stand there.
     ///
     /// # Errors
     ///

@@ -5,6 +5,8 @@
 //! begins in clear text is refused: a faked "crashed decryption" made a victim's next unlock write plaintext
 //! (CVE-2021-4122). Shape is not proof: its digest is keyed by both volume keys, so recovery needs them first.
 
+use std::collections::BTreeSet;
+
 use crate::{
     error::{Judged, quoted, reject},
     metadata::{KeyslotKind, Metadata, Segment, SegmentKind},
@@ -34,6 +36,12 @@ pub(crate) fn check(metadata: &Metadata) -> Judged {
     let direction = check_slot(metadata)?;
     let (&previous_number, previous) = backup(metadata, "backup-previous")?;
     let (&final_number, after) = backup(metadata, "backup-final")?;
+    let known = [previous_number, final_number];
+    let mut backups = metadata.segments.iter().filter(|(_, segment)| segment.is_backup());
+    if let Some((number, segment)) = backups.find(|(number, _)| !known.contains(number)) {
+        let flag = segment.flags.first().map_or(String::new(), |flag| quoted(flag));
+        reject!("segments.{number} has the flag {flag}, which a reencryption in place does not have");
+    }
     if previous.offset != after.offset || previous.bytes != after.bytes {
         reject!("the reencryption would move data");
     }
@@ -118,6 +126,17 @@ fn encryption(segment: &Segment) -> (String, u64) {
     }
 }
 
+/// How far a segment in use is, in the order in which a forward reencryption leaves them.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+enum Stage {
+    /// Under the new key.
+    Done,
+    /// Being rewritten: either key may be right, unit by unit, and the reencrypt keyslot's area says which.
+    Hot,
+    /// Under the old key.
+    Waiting,
+}
+
 /// The segments in use lie one behind the other over the whole volume, each under the old or the new key, and the part
 /// that is done lies where the direction says.
 fn check_progress(
@@ -128,8 +147,7 @@ fn check_progress(
     to: &Side,
 ) -> Judged {
     let mut expected = Some(whole.offset);
-    let mut order = Vec::new();
-    let mut hot = 0;
+    let mut stages = Vec::new();
     for (&number, segment) in metadata.segments.iter().filter(|(_, segment)| !segment.is_backup()) {
         policy::check_segment(number, segment)?;
         policy::check_extent(metadata, number, segment)?;
@@ -139,27 +157,56 @@ fn check_progress(
         if policy::segment_tweak(segment) != Some((segment.offset - whole.offset) / SECTOR) {
             reject!("segments.{number}.iv_tweak does not fit its offset");
         }
-        let this = Side { digest: policy::one_digest(metadata, number)?, encryption: encryption(segment) };
-        match segment.flags.as_slice() {
-            [] if this == *to && this == *from => {}
-            [] if this == *to => order.push(true),
-            [] if this == *from => order.push(false),
-            [flag] if flag == "in-reencryption" && (this == *to || this == *from) => hot += 1,
-            [] | [_] => reject!("segments.{number} is neither what the volume was nor what it will be"),
-            [_, ..] => reject!("segments.{number} has more than one flag"),
-        }
+        stages.extend(stage(metadata, number, segment, from, to)?);
         expected = segment.bytes.and_then(|bytes| segment.offset.checked_add(bytes));
     }
     let end = whole.bytes.and_then(|bytes| whole.offset.checked_add(bytes));
     if expected != end {
         reject!("the segments do not cover the volume");
     }
-    if hot > 1 {
-        reject!("there are {hot} segments in reencryption at once");
+    if direction == Direction::Backward {
+        stages.reverse();
     }
-    let done_first = direction == Direction::Forward;
-    if order.windows(2).any(|pair| pair[0] == pair[1] || pair[0] != done_first) || order.len() > 2 {
+    // Each stage at most once, in its order.
+    if stages.windows(2).any(|pair| pair[0] >= pair[1]) {
         reject!("the segments do not lie as a reencryption in its direction leaves them");
     }
     Ok(())
+}
+
+/// The stage of a segment in use; `None` where old and new are the same and there is nothing to tell.
+fn stage(
+    metadata: &Metadata,
+    number: u32,
+    segment: &Segment,
+    from: &Side,
+    to: &Side,
+) -> Judged<Option<Stage>> {
+    let encryption = encryption(segment);
+    match segment.flags.as_slice() {
+        [] => {
+            let this = Side { digest: policy::one_digest(metadata, number)?, encryption };
+            match (this == *to, this == *from) {
+                (true, true) => Ok(None),
+                (true, false) => Ok(Some(Stage::Done)),
+                (false, true) => Ok(Some(Stage::Waiting)),
+                (false, false) => {
+                    reject!("segments.{number} is neither what the volume was nor what it will be")
+                }
+            }
+        }
+        [flag] if flag == "in-reencryption" => {
+            let digests = metadata.digests.iter().filter(|(_, digest)| digest.segments.contains(&number));
+            let vouching: BTreeSet<u32> = digests.map(|(&digest, _)| digest).collect();
+            let one_of_both = encryption == to.encryption || encryption == from.encryption;
+            if !one_of_both || vouching != BTreeSet::from([from.digest, to.digest]) {
+                reject!(
+                    "segments.{number} is in reencryption and not between what it was and what it will be"
+                );
+            }
+            Ok(Some(Stage::Hot))
+        }
+        [flag] => reject!("segments.{number} has the flag {}", quoted(flag)),
+        [_, ..] => reject!("segments.{number} has more than one flag"),
+    }
 }

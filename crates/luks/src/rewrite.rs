@@ -12,7 +12,10 @@ use crate::{
     copies::{self, Found, Loaded},
     create::json_area,
     error::{Defect, LuksError},
-    json::Json,
+    json::{Json, Parsed},
+    layout,
+    metadata::Metadata,
+    policy,
     source::AtFile,
 };
 
@@ -66,6 +69,11 @@ pub(crate) fn replace(file: &File, loaded: &Loaded, json: &Json) -> Result<(), L
         return Err(LuksError::Frozen(Defect::new(why)));
     }
     let area = json_area(json, loaded.metadata.binary.copy_bytes())?;
+    // Nothing is written that this crate would refuse to read.
+    let parsed = Parsed { value: json.clone(), lossy: false };
+    Metadata::parse(loaded.metadata.binary.clone(), parsed, loaded.metadata.file_bytes)
+        .and_then(|metadata| layout::check(&metadata, None).and_then(|()| policy::check(&metadata)))
+        .map_err(LuksError::Frozen)?;
     write_area(file, loaded, &area)
 }
 

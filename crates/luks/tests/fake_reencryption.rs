@@ -85,20 +85,64 @@ fn genuine_shapes_are_accepted() {
         ("/digests/1/segments", json!(["2"])),
     ];
     assert_eq!(verdict(&changed(&begun)), GENUINE);
-    // A piece between done and not done is being written.
-    let hot = [
-        ("/segments/1/size", json!("4194304")),
-        ("/segments/1/flags", json!(["in-reencryption"])),
-        ("/segments/4", genuine()["segments"]["1"].clone()),
-        ("/segments/4/offset", json!("30408704")),
-        ("/segments/4/iv_tweak", json!("26624")),
-        ("/digests/0/segments", json!(["4", "2"])),
-        ("/digests/1/segments", json!(["0", "1", "3"])),
+    assert_eq!(verdict(&changed(&hot())), GENUINE);
+    // Nothing done yet, the first piece is being written.
+    let first_piece =
+        [("/segments/0/flags", json!(["in-reencryption"])), ("/digests/0/segments", json!(["0", "1", "2"]))];
+    assert_eq!(verdict(&changed(&first_piece)), GENUINE);
+    // All done, and the backups not yet taken away.
+    let done = [
+        ("/segments/0/size", json!("dynamic")),
+        ("/segments/1", genuine()["segments"]["2"].clone()),
+        ("/segments/2", genuine()["segments"]["3"].clone()),
+        ("/segments/3", Value::Null),
+        ("/digests/0/segments", json!(["1"])),
+        ("/digests/1/segments", json!(["0", "2"])),
     ];
-    // cryptsetup numbers backups last; only completeness of the numbers matters.
-    assert_eq!(verdict(&changed(&hot)), GENUINE);
+    assert_eq!(verdict(&changed(&done)), GENUINE);
+    // The same key with another unit: one digest vouches for all.
+    let same_key = [
+        ("/segments/0/sector_size", json!(512)),
+        ("/segments/3/sector_size", json!(512)),
+        ("/digests/0/segments", json!(["0", "1", "2", "3"])),
+        ("/digests/1/segments", json!([])),
+    ];
+    assert_eq!(verdict(&changed(&same_key)), GENUINE);
     for resilience in ["checksum", "none"] {
         assert_eq!(verdict(&changed(&[("/keyslots/2/area/type", json!(resilience))])), GENUINE);
+    }
+}
+
+/// A piece between done and not done is being written: both digests vouch for it.
+fn hot() -> Vec<(&'static str, Value)> {
+    vec![
+        ("/segments/2", genuine()["segments"]["1"].clone()),
+        ("/segments/2/offset", json!("30408704")),
+        ("/segments/2/iv_tweak", json!("26624")),
+        ("/segments/1/size", json!("4194304")),
+        ("/segments/1/flags", json!(["in-reencryption"])),
+        ("/segments/3", genuine()["segments"]["2"].clone()),
+        ("/segments/4", genuine()["segments"]["3"].clone()),
+        ("/digests/0/segments", json!(["1", "2", "3"])),
+        ("/digests/1/segments", json!(["1", "0", "4"])),
+    ]
+}
+
+#[test]
+fn hot_piece_that_is_not_between_old_and_new_is_refused() {
+    for (name, change) in [
+        ("vouched for by the old key only", ("/digests/1/segments", json!(["0", "4"]))),
+        ("vouched for by the new key only", ("/digests/0/segments", json!(["2", "3"]))),
+        ("vouched for by the reencryption's own digest too", ("/digests/2/segments", json!(["1"]))),
+        ("of another unit", ("/segments/1/sector_size", json!(512))),
+        ("two of them", ("/segments/2/flags", json!(["in-reencryption"]))),
+        ("before what is done", ("/keyslots/2/direction", json!("backward"))),
+        ("with another cipher", ("/segments/1/encryption", json!("cipher_null-ecb"))),
+    ] {
+        let mut changes = hot();
+        changes.push(change);
+        let verdict = verdict(&changed(&changes));
+        assert!(verdict.starts_with("reject: "), "{name}: {verdict}");
     }
 }
 
@@ -194,6 +238,7 @@ fn every_fake_is_refused() {
         ),
         ("unknown flag", &[("/segments/0/flags", json!(["hot"]))]),
         ("volume key slot for a null cipher", &[("/keyslots/1/area/encryption", json!("cipher_null-ecb"))]),
+        ("a further backup in clear", &[("/segments/4", linear(json!(["backup-moved-segment"])))]),
         (
             "backups only",
             &[

@@ -1,32 +1,19 @@
 //! cryptsetup as judge, both ways: it opens what we make, and we accept what it makes.
 
+mod tool;
+
 use std::{
-    fs::{self, File, OpenOptions},
+    fs::{File, OpenOptions},
     io::Write,
     os::unix::fs::{FileExt, OpenOptionsExt},
     path::{Path, PathBuf},
-    process::{Command, Output},
 };
 
+use serde_json::Value;
+use tool::{Scratch, available, cryptsetup, cryptsetup_does, luks_format, text};
 use vmseal_keys::Dek;
 use vmseal_luks::{Geometry, HEADER_BYTES, Header, Repair, Verdict, VmsealToken, create, inspect, repair};
 use vmseal_model::id::DiskId;
-
-fn cryptsetup(args: &[&str]) -> Output {
-    Command::new("cryptsetup")
-        .env("PATH", "/usr/sbin:/sbin:/usr/bin:/bin")
-        .env("LC_ALL", "C")
-        .args(args)
-        .output()
-        .expect("cryptsetup is installed (package cryptsetup-bin)")
-}
-
-fn folder(name: &str) -> PathBuf {
-    let path = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("oracle-{name}"));
-    let _ = fs::remove_dir_all(&path);
-    fs::create_dir_all(&path).unwrap();
-    path
-}
 
 fn disk() -> DiskId {
     DiskId::from_random(*b"VMSEAL-TEST-DISK")
@@ -47,100 +34,101 @@ fn volume(path: &Path, geometry: Geometry, token: &VmsealToken) -> File {
     file
 }
 
-fn key_file(folder: &Path) -> PathBuf {
+fn key_file(folder: &Scratch) -> PathBuf {
     let path = folder.join("key");
     let mut file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(&path).unwrap();
     file.write_all(dek().data_key()).unwrap();
     path
 }
 
+/// Whether cryptsetup opens a volume with this volume key.
+fn opens(key: &Path, more: &[&str], volume: &Path) -> bool {
+    let args = ["open", "--type", "luks2", "--test-passphrase", "--key-size", "512", "--volume-key-file"];
+    cryptsetup(&[&args[..], &[text(key)], more, &[text(volume)]].concat()).status.success()
+}
+
 #[test]
 fn cryptsetup_opens_what_we_make() {
-    let folder = folder("made");
+    if !available("cryptsetup", "cryptsetup-bin") {
+        return;
+    }
+    let folder = Scratch::new("oracle-made");
     let key = key_file(&folder);
+    let wrong = folder.file("wrong", &[9; 64]);
     let token = VmsealToken { records: vec![b"record one".to_vec(), vec![7; 900]] };
     for unit in [512, 4096] {
-        let path = folder.join(format!("attached-{unit}"));
+        let path = folder.join(&format!("attached-{unit}"));
         volume(&path, Geometry::attached(unit), &token);
-        let text = path.to_str().unwrap();
-        let dump = cryptsetup(&["luksDump", text]);
-        let said = String::from_utf8_lossy(&dump.stdout).into_owned();
-        assert!(dump.status.success(), "{}", String::from_utf8_lossy(&dump.stderr));
-        assert!(
-            said.contains(&disk().to_string())
-                && said.contains("vmseal")
-                && said.contains("16777216 [bytes]"),
-            "{said}"
-        );
-        let open = |key: &str| {
-            let args = [
-                "open",
-                "--type",
-                "luks2",
-                "--test-passphrase",
-                "--key-size",
-                "512",
-                "--volume-key-file",
-                key,
-                text,
-            ];
-            cryptsetup(&args)
-        };
-        let opened = open(key.to_str().unwrap());
-        assert!(opened.status.success(), "{}", String::from_utf8_lossy(&opened.stderr));
-        let wrong = folder.join(format!("wrong-{unit}"));
-        fs::write(&wrong, [9u8; 64]).unwrap();
-        assert!(!open(wrong.to_str().unwrap()).status.success(), "cryptsetup takes any key");
-        let exported = cryptsetup(&["token", "export", "--token-id", "0", text]);
-        assert!(String::from_utf8_lossy(&exported.stdout).contains("\"records\""), "{exported:?}");
+        let dump = cryptsetup_does(&["luksDump", text(&path)]);
+        for part in [
+            &disk().to_string(),
+            "vmseal",
+            "16777216 [bytes]",
+            "65536 [bytes]",
+            "14680064 [bytes]",
+            "aes-xts-plain64",
+            &format!("sector: {unit} [bytes]"),
+        ] {
+            assert!(dump.contains(part), "{part} is not in:\n{dump}");
+        }
+        assert!(opens(&key, &[], &path), "units of {unit}");
+        assert!(!opens(&wrong, &[], &path), "cryptsetup takes any key");
+        let exported = cryptsetup_does(&["token", "export", "--token-id", "0", text(&path)]);
+        let exported: Value = serde_json::from_str(&exported).unwrap();
+        let expected = serde_json::json!({"type": "vmseal", "keyslots": [], "version": 1,
+            "records": ["cmVjb3JkIG9uZQ==", base64_of(&[7; 900])]});
+        assert_eq!(exported, expected);
     }
     let header = folder.join("detached.luks");
-    volume(&header, Geometry::detached(512), &token);
-    let data = folder.join("data");
-    fs::write(&data, vec![0; 1 << 20]).unwrap();
-    let opened = cryptsetup(&[
-        "open",
-        "--type",
-        "luks2",
-        "--test-passphrase",
-        "--key-size",
-        "512",
-        "--volume-key-file",
-        key.to_str().unwrap(),
-        "--header",
-        header.to_str().unwrap(),
-        data.to_str().unwrap(),
-    ]);
-    assert!(opened.status.success(), "{}", String::from_utf8_lossy(&opened.stderr));
-    fs::remove_dir_all(folder).unwrap();
+    volume(&header, Geometry::detached(4096), &token);
+    let data = folder.sparse("data", 1 << 20);
+    assert!(opens(&key, &["--header", text(&header)], &data));
+    assert!(!opens(&wrong, &["--header", text(&header)], &data), "cryptsetup takes any key");
+}
+
+fn base64_of(bytes: &[u8]) -> String {
+    use base64::{Engine as _, engine::general_purpose::STANDARD};
+    STANDARD.encode(bytes)
+}
+
+#[test]
+fn token_written_by_us_is_read_by_cryptsetup_and_its_own_tokens_stay() {
+    if !available("cryptsetup", "cryptsetup-bin") {
+        return;
+    }
+    let folder = Scratch::new("oracle-token");
+    let key = key_file(&folder);
+    for (name, geometry) in [("attached", Geometry::attached(512)), ("detached", Geometry::detached(512))] {
+        let detached = geometry.payload_offset == 0;
+        let path = folder.join(name);
+        let file = volume(&path, geometry, &VmsealToken { records: vec![b"old".to_vec()] });
+        let foreign = folder.file("foreign", br#"{"type":"somebody-else","keyslots":[],"x":1}"#);
+        cryptsetup_does(&["token", "import", "--json-file", text(&foreign), text(&path)]);
+        let token = VmsealToken { records: vec![b"new".to_vec()] };
+        Header::write_token(&file, detached, &token).unwrap();
+        assert_eq!(Header::read(&file, detached).unwrap().token(), Some(token));
+        let ours = cryptsetup_does(&["token", "export", "--token-id", "0", text(&path)]);
+        let ours: Value = serde_json::from_str(&ours).unwrap();
+        assert_eq!(ours["records"], serde_json::json!(["bmV3"]));
+        let theirs = cryptsetup_does(&["token", "export", "--token-id", "1", text(&path)]);
+        let theirs: Value = serde_json::from_str(&theirs).unwrap();
+        assert_eq!(theirs, serde_json::json!({"type": "somebody-else", "keyslots": [], "x": 1}));
+        let data = folder.sparse(&format!("{name}-data"), 1 << 20);
+        let opened =
+            if detached { opens(&key, &["--header", text(&path)], &data) } else { opens(&key, &[], &path) };
+        assert!(opened, "{name}");
+    }
 }
 
 #[test]
 fn we_accept_what_cryptsetup_makes_and_keep_what_it_keeps() {
-    let folder = folder("theirs");
-    let path = folder.join("volume");
-    fs::write(&path, vec![0; 32 << 20]).unwrap();
-    let password = folder.join("password");
-    fs::write(&password, "VMSEAL-TEST-SECRET-passphrase").unwrap();
-    let (text, password) = (path.to_str().unwrap(), password.to_str().unwrap());
-    let made = cryptsetup(&[
-        "luksFormat",
-        "--batch-mode",
-        "--type",
-        "luks2",
-        "--cipher",
-        "aes-xts-plain64",
-        "--key-size",
-        "512",
-        "--pbkdf",
-        "pbkdf2",
-        "--pbkdf-force-iterations",
-        "1000",
-        "--key-file",
-        password,
-        text,
-    ]);
-    assert!(made.status.success(), "{}", String::from_utf8_lossy(&made.stderr));
+    if !available("cryptsetup", "cryptsetup-bin") {
+        return;
+    }
+    let folder = Scratch::new("oracle-theirs");
+    let path = folder.sparse("volume", 32 << 20);
+    let password = folder.file("password", b"VMSEAL-TEST-SECRET-passphrase");
+    luks_format(&path, &password, &[]);
     let mut file = OpenOptions::new().read(true).write(true).open(&path).unwrap();
     assert_eq!(inspect(&mut file, Some(false)).unwrap().to_string(), "accept");
     let header = Header::read(&file, false).unwrap();
@@ -150,69 +138,26 @@ fn we_accept_what_cryptsetup_makes_and_keep_what_it_keeps() {
     let token = VmsealToken { records: vec![b"record".to_vec()] };
     Header::write_token(&file, false, &token).unwrap();
     assert_eq!(Header::read(&file, false).unwrap().token(), Some(token));
-    let open = cryptsetup(&["open", "--test-passphrase", "--key-file", password, text]);
-    assert!(open.status.success(), "{}", String::from_utf8_lossy(&open.stderr));
-    // LUKS1 is another matter.
-    let old = folder.join("old");
-    fs::write(&old, vec![0; 8 << 20]).unwrap();
-    let made = cryptsetup(&[
-        "luksFormat",
-        "--batch-mode",
-        "--type",
-        "luks1",
-        "--pbkdf-force-iterations",
-        "1000",
-        "--key-file",
-        password,
-        old.to_str().unwrap(),
-    ]);
-    assert!(made.status.success(), "{}", String::from_utf8_lossy(&made.stderr));
-    let verdict = inspect(&mut File::open(&old).unwrap(), None).unwrap();
-    assert_eq!(verdict.to_string(), "reject: LUKS1, import it");
-    fs::remove_dir_all(folder).unwrap();
+    cryptsetup_does(&["open", "--test-passphrase", "--key-file", text(&password), text(&path)]);
 }
 
 #[test]
-fn genuine_unfinished_reencryption_is_accepted_as_such() {
-    let folder = folder("reencrypt");
-    let path = folder.join("volume");
-    fs::write(&path, vec![0; 48 << 20]).unwrap();
-    let password = folder.join("password");
-    fs::write(&password, "VMSEAL-TEST-SECRET-passphrase").unwrap();
-    let (text, password) = (path.to_str().unwrap(), password.to_str().unwrap());
-    let cheap = ["--pbkdf", "pbkdf2", "--pbkdf-force-iterations", "1000", "--key-file", password];
-    let made = cryptsetup(
-        &[
-            &[
-                "luksFormat",
-                "--batch-mode",
-                "--type",
-                "luks2",
-                "--cipher",
-                "aes-xts-plain64",
-                "--key-size",
-                "512",
-            ][..],
-            &cheap,
-            &[text],
-        ]
-        .concat(),
-    );
-    assert!(made.status.success(), "{}", String::from_utf8_lossy(&made.stderr));
-    let begun = cryptsetup(
-        &[&["reencrypt", "--batch-mode", "--init-only", "--force-offline-reencrypt"][..], &cheap, &[text]]
-            .concat(),
-    );
-    assert!(begun.status.success(), "{}", String::from_utf8_lossy(&begun.stderr));
-    let verdict = inspect(&mut File::open(&path).unwrap(), Some(false)).unwrap();
-    assert_eq!(verdict.to_string(), "accept (reencryption unfinished, needs the key)");
-    assert!(Header::read(&File::open(&path).unwrap(), false).is_err(), "half-way volumes are not served");
-    fs::remove_dir_all(folder).unwrap();
+fn luks1_is_to_be_imported() {
+    if !available("cryptsetup", "cryptsetup-bin") {
+        return;
+    }
+    let folder = Scratch::new("oracle-luks1");
+    let password = folder.file("password", b"VMSEAL-TEST-SECRET-passphrase");
+    let old = folder.sparse("old", 8 << 20);
+    let first = ["luksFormat", "--batch-mode", "--type", "luks1", "--pbkdf-force-iterations", "1000"];
+    cryptsetup_does(&[&first[..], &["--key-file", text(&password), text(&old)]].concat());
+    let verdict = inspect(&mut File::open(&old).unwrap(), None).unwrap();
+    assert_eq!(verdict.to_string(), "reject: LUKS1, import it");
 }
 
 #[test]
 fn either_copy_lost_is_repaired_from_the_other() {
-    let folder = folder("repair");
+    let folder = Scratch::new("oracle-repair");
     let token = VmsealToken { records: vec![b"record".to_vec()] };
     for (name, from, to) in
         [("primary", 0u64, 512usize), ("primary-json", 4096, 100), ("secondary", 65_536, 4096)]
@@ -230,5 +175,4 @@ fn either_copy_lost_is_repaired_from_the_other() {
         assert_eq!((header.token(), header.uuid()), (Some(token.clone()), disk()), "{name}");
         assert!(header.digest_matches(&dek()), "{name}");
     }
-    fs::remove_dir_all(folder).unwrap();
 }

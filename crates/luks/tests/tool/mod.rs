@@ -16,7 +16,9 @@ const PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin
 pub(crate) fn available(program: &str, package: &str) -> bool {
     let there = PATH.split(':').any(|folder| Path::new(folder).join(program).is_file());
     if !there && env::var_os("VMSEAL_SKIP_MISSING_TOOLS").is_none() {
-        panic!("{program} is not installed (package {package}); VMSEAL_SKIP_MISSING_TOOLS=1 skips what needs it");
+        panic!(
+            "{program} is not installed (package {package}); VMSEAL_SKIP_MISSING_TOOLS=1 skips what needs it"
+        );
     }
     if !there {
         println!("skipped: {program} is not installed");

@@ -1,0 +1,349 @@
+//! A volume opened for use: locked, its header compared with the key record, its length enough.
+//!
+//! Path, record and key in; an open, locked file and its part of a process's setup out. The record says what the volume
+//! must be, the header only confirms it. It reads no data and decides no epoch: the record was verified by whoever
+//! has the key.
+
+use std::{
+    fs::{File, OpenOptions},
+    io,
+    os::unix::fs::{FileTypeExt, OpenOptionsExt},
+    path::{Path, PathBuf},
+};
+
+use vmseal_keys::{Dek, key_check};
+use vmseal_luks::{Header, LuksError, OwnerBlock, VmsealToken, repair};
+use vmseal_model::{
+    control::DiskSetup,
+    id::{DiskId, HostId},
+    record::{HeaderKind, KeyRecord, Subject},
+    refusal::Code,
+};
+
+use crate::lock::{Claim, LockError, claim, claim_header};
+
+/// Why a volume is not opened.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum VolumeError {
+    /// The file cannot be opened or read.
+    #[error("cannot {action} {}", path.display())]
+    Io {
+        /// What was tried.
+        action: &'static str,
+        /// On which.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+    /// A directory, device, pipe or symbolic link.
+    #[error("{} is not a regular file", path.display())]
+    NotRegular {
+        /// Which.
+        path: PathBuf,
+    },
+    /// Somebody else has it.
+    #[error("{} is {lock}", path.display())]
+    Locked {
+        /// Which.
+        path: PathBuf,
+        /// By whom, as far as the kernel tells.
+        #[source]
+        lock: LockError,
+    },
+    /// The LUKS2 header is damaged or refused.
+    #[error("the header of {} cannot be used", path.display())]
+    Header {
+        /// Where it lies.
+        path: PathBuf,
+        /// What is wrong.
+        source: LuksError,
+    },
+    /// The header is sound, and of something else.
+    #[error("{}: its header has {what} {found}, its key record {expected}", path.display())]
+    Mismatch {
+        /// Where the header lies.
+        path: PathBuf,
+        /// Which value.
+        what: &'static str,
+        /// In the header.
+        found: String,
+        /// In the record.
+        expected: String,
+    },
+    /// The key is not the volume's.
+    #[error("{} was not made with the key of disk {disk}", path.display())]
+    WrongKey {
+        /// Where the header lies.
+        path: PathBuf,
+        /// Whose key it was.
+        disk: DiskId,
+    },
+    /// Shorter than the record says.
+    #[error("{} is truncated: it holds {stored} bytes of the disk, its key record says {expected}", path.display())]
+    Truncated {
+        /// Which.
+        path: PathBuf,
+        /// Bytes behind the header.
+        stored: u64,
+        /// Bytes that must be there.
+        expected: u64,
+    },
+    /// A record of a home, or one that says another kind of header than was given.
+    #[error("the key record is not one of {}: {reason}", path.display())]
+    OtherKind {
+        /// The volume.
+        path: PathBuf,
+        /// Why not.
+        reason: &'static str,
+    },
+}
+
+impl VolumeError {
+    /// The code of the refusal.
+    pub fn code(&self) -> Code {
+        match self {
+            Self::Locked { lock: LockError::InUse { .. }, .. } => Code::VolumeInUse,
+            Self::Io { source, .. } if source.kind() == io::ErrorKind::NotFound => Code::NotFound,
+            Self::NotRegular { .. } => Code::UnsupportedDisk,
+            Self::Io { .. } | Self::Locked { .. } => Code::Failed,
+            _ => Code::Integrity,
+        }
+    }
+}
+
+/// A volume that is open and locked. The locks live with the descriptions, in whatever process they are passed to.
+#[derive(Debug)]
+pub struct OpenVolume {
+    /// The data, and the header if that is attached.
+    pub data: File,
+    /// The header, if it is detached.
+    pub header: Option<File>,
+    /// How a process is to serve it.
+    pub setup: DiskSetup,
+    /// Bytes of the disk that are stored now; at least what the record says.
+    pub stored_bytes: u64,
+}
+
+impl OpenVolume {
+    /// Writes into the owner block that this host holds the volume; one generation more.
+    ///
+    /// # Errors
+    ///
+    /// The file system's. The block is information, the lock decides: a caller may go on.
+    pub fn hold(&self, host: HostId) -> io::Result<()> {
+        self.owner().taken_by(host).write(self.owner_file())
+    }
+
+    /// Writes into the owner block that nobody holds it.
+    ///
+    /// # Errors
+    ///
+    /// As [`OpenVolume::hold`].
+    pub fn release(&self) -> io::Result<()> {
+        self.owner().released().write(self.owner_file())
+    }
+
+    /// What the owner block says; one that is damaged counts as never written.
+    pub fn owner(&self) -> OwnerBlock {
+        OwnerBlock::read(self.owner_file()).unwrap_or(OwnerBlock::NEVER_HELD)
+    }
+
+    fn owner_file(&self) -> &File {
+        self.header.as_ref().unwrap_or(&self.data)
+    }
+}
+
+/// Opens and locks a volume and holds it against its record.
+///
+/// Order: file, lock, header against record, key, length. A header of which one copy is damaged is repaired from the
+/// other, unless `read_only`. A read-only volume may be opened by others for reading too.
+///
+/// # Errors
+///
+/// [`VolumeError`]; nothing stays open or locked.
+pub fn open_locked(
+    source: &Path,
+    header: Option<&Path>,
+    record: &KeyRecord,
+    dek: &Dek,
+    target: &str,
+    key_slot: u32,
+    read_only: bool,
+) -> Result<OpenVolume, VolumeError> {
+    let subject = DiskSubject::of(record, source, header)?;
+    let data = open_regular(source, !read_only)?;
+    let locked = |path: &Path| {
+        let path = path.to_owned();
+        move |lock| VolumeError::Locked { path, lock }
+    };
+    let use_of_data = match (read_only, header) {
+        (true, _) => Claim::Reading,
+        (false, None) => Claim::Volume,
+        // With a detached header, byte 15 MiB of the data file is data; the range is locked there too all the same.
+        (false, Some(_)) => Claim::Volume,
+    };
+    claim(&data, use_of_data).map_err(locked(source))?;
+    let header_file = match header {
+        Some(path) => {
+            let file = open_regular(path, !read_only)?;
+            claim_header(&file, read_only).map_err(locked(path))?;
+            Some(file)
+        }
+        None => None,
+    };
+    let (file, path) = (header_file.as_ref().unwrap_or(&data), header.unwrap_or(source));
+    check_header(file, path, header.is_some(), &subject, dek, read_only)?;
+
+    let len = length(&data, source)?;
+    let stored = len.saturating_sub(subject.payload_offset);
+    let (expected, presented) = (record.state.stored_bytes, record.state.presented_bytes);
+    if stored < expected {
+        return Err(VolumeError::Truncated { path: source.to_owned(), stored, expected });
+    }
+    let setup = DiskSetup {
+        disk: subject.disk,
+        target: target.to_owned(),
+        key_slot,
+        key_check: hex(&record.head.key_check),
+        unit_bytes: subject.unit_bytes,
+        payload_offset: subject.payload_offset,
+        detached_header: header_file.is_some(),
+        presented_bytes: presented,
+        grows: presented > expected,
+        read_only,
+        discard: !read_only,
+    };
+    // A whole number of units: what is more was never written by a worker.
+    let stored_bytes = (stored - stored % u64::from(subject.unit_bytes)).min(presented);
+    Ok(OpenVolume { data, header: header_file, setup, stored_bytes })
+}
+
+/// What a record says of its volume.
+struct DiskSubject {
+    record: KeyRecordCheck,
+    disk: DiskId,
+    unit_bytes: u32,
+    payload_offset: u64,
+}
+
+/// The parts of a record that prove a key.
+struct KeyRecordCheck {
+    vm: vmseal_model::id::VmId,
+    key_check: [u8; 32],
+}
+
+impl DiskSubject {
+    fn of(record: &KeyRecord, source: &Path, header: Option<&Path>) -> Result<Self, VolumeError> {
+        let other = |reason| VolumeError::OtherKind { path: source.to_owned(), reason };
+        let Subject::Disk { disk, header: kind, unit, payload_offset } = record.head.subject else {
+            return Err(other("it is a home's"));
+        };
+        match (kind, header) {
+            (HeaderKind::Attached, None) | (HeaderKind::Detached, Some(_)) => {}
+            (HeaderKind::Detached, None) => return Err(other("it says the header is detached")),
+            _ => return Err(other("it says the header is attached")),
+        }
+        let record = KeyRecordCheck { vm: record.head.vm, key_check: record.head.key_check };
+        Ok(Self { record, disk, unit_bytes: unit.get(), payload_offset })
+    }
+}
+
+fn check_header(
+    file: &File,
+    path: &Path,
+    detached: bool,
+    subject: &DiskSubject,
+    dek: &Dek,
+    read_only: bool,
+) -> Result<(), VolumeError> {
+    let refused = |source| VolumeError::Header { path: path.to_owned(), source };
+    let header = Header::read(file, detached).map_err(refused)?;
+    let mismatch = |what, found: String, expected: String| {
+        if found == expected {
+            Ok(())
+        } else {
+            Err(VolumeError::Mismatch { path: path.to_owned(), what, found, expected })
+        }
+    };
+    mismatch("the disk id", header.uuid().to_string(), subject.disk.to_string())?;
+    mismatch("data units of", header.unit_bytes().to_string(), subject.unit_bytes.to_string())?;
+    mismatch("its data at byte", header.payload_offset().to_string(), subject.payload_offset.to_string())?;
+    let checked = key_check(dek.payload(), subject.record.vm, subject.disk);
+    if checked != subject.record.key_check || !header.digest_matches(dek) {
+        return Err(VolumeError::WrongKey { path: path.to_owned(), disk: subject.disk });
+    }
+    if header.needs_repair() && !read_only {
+        repair(file, detached).map_err(refused)?;
+        tracing::warn!(path = %path.display(), "one copy of the LUKS2 header was damaged and is written anew");
+    }
+    Ok(())
+}
+
+/// The record in a volume's LUKS2 header, if there is one of that disk. A candidate: nothing of it is verified, and no
+/// lock is taken.
+pub fn token_record(source: &Path, header: Option<&Path>, disk: DiskId) -> Option<Vec<u8>> {
+    let file = open_regular(header.unwrap_or(source), false).ok()?;
+    let found = Header::read(&file, header.is_some()).ok().filter(|h| h.uuid() == disk)?;
+    found.token()?.records.into_iter().find(|bytes| is_of(bytes, disk))
+}
+
+/// Writes a record into a volume's LUKS2 header in place of what was there of that disk, both copies, flushed and read
+/// back. No lock is taken: whoever calls this holds the volume, or knows that this host does.
+///
+/// # Errors
+///
+/// [`VolumeError`]; at least one whole copy of the header, old or new, is there all the time.
+pub fn write_token_record(
+    source: &Path,
+    header: Option<&Path>,
+    disk: DiskId,
+    record: &[u8],
+) -> Result<(), VolumeError> {
+    let path = header.unwrap_or(source);
+    let refused = |source| VolumeError::Header { path: path.to_owned(), source };
+    let file = open_regular(path, true)?;
+    let found = Header::read(&file, header.is_some()).map_err(refused)?;
+    if found.uuid() != disk {
+        let (found, expected) = (found.uuid().to_string(), disk.to_string());
+        return Err(VolumeError::Mismatch { path: path.to_owned(), what: "the disk id", found, expected });
+    }
+    let mut records = vec![record.to_vec()];
+    let old = found.token().unwrap_or_default().records;
+    records.extend(old.into_iter().filter(|bytes| !is_of(bytes, disk)));
+    Header::write_token(&file, header.is_some(), &VmsealToken { records }).map_err(refused)
+}
+
+fn is_of(bytes: &[u8], disk: DiskId) -> bool {
+    KeyRecord::decode(bytes).is_ok_and(|record| record.head.disk() == disk)
+}
+
+/// Opens a regular file, never through a symbolic link of that name, never waiting for a pipe's other end.
+pub(crate) fn open_regular(path: &Path, write: bool) -> Result<File, VolumeError> {
+    let opened = OpenOptions::new()
+        .read(true)
+        .write(write)
+        .custom_flags(libc::O_NOFOLLOW | libc::O_NONBLOCK)
+        .open(path);
+    let io = |action| move |source| VolumeError::Io { action, path: path.to_owned(), source };
+    let file = match opened {
+        Err(e) if matches!(e.raw_os_error(), Some(libc::ELOOP | libc::ENXIO | libc::EISDIR)) => {
+            return Err(VolumeError::NotRegular { path: path.to_owned() });
+        }
+        other => other.map_err(io("open"))?,
+    };
+    let kind = file.metadata().map_err(io("look at"))?.file_type();
+    if !kind.is_file() || kind.is_block_device() {
+        return Err(VolumeError::NotRegular { path: path.to_owned() });
+    }
+    Ok(file)
+}
+
+fn length(file: &File, path: &Path) -> Result<u64, VolumeError> {
+    let io = |source| VolumeError::Io { action: "look at", path: path.to_owned(), source };
+    file.metadata().map(|m| m.len()).map_err(io)
+}
+
+pub(crate) fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|b| format!("{b:02x}")).collect()
+}
