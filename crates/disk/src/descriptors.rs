@@ -22,7 +22,7 @@ use vmseal_model::control::SETUP_FD;
 /// To be called first in `main` and once: nothing else in the process may own a descriptor from 3 up.
 pub unsafe fn take_setup_socket() -> io::Result<UnixStream> {
     // SAFETY: the caller promises that no descriptor above SETUP_FD has an owner.
-    if unsafe { libc::close_range(1000, u32::MAX, 0) } != 0 {
+    if unsafe { libc::close_range(SETUP_FD as u32 + 1, u32::MAX, 0) } != 0 {
         return Err(io::Error::last_os_error());
     }
     socket_option::<libc::c_int>(SETUP_FD, libc::SO_TYPE)?;
