@@ -158,7 +158,7 @@ fn processes_hold_the_descriptors_they_need_and_no_others() {
                 || target.starts_with("/memfd:")
                 || target.starts_with(own)
         };
-        assert!(above.iter().all(|target| known(target)), "{all:?}");
+        assert!(above.iter().all(known), "{all:?}");
     }
     let status = fs::read_to_string(format!("/proc/{worker}/limits")).unwrap();
     let core = status.lines().find(|line| line.starts_with("Max core file size")).unwrap();
