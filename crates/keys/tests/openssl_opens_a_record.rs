@@ -6,6 +6,7 @@ mod fixture;
 use std::process::{Command, Stdio};
 
 use fixture::{array, bytes};
+use serde_json::Value;
 use vmseal_keys::{derive, key_check};
 use vmseal_model::{
     id::{DiskId, VmId},
@@ -80,5 +81,76 @@ fn stock_openssl_gets_the_payload_of_every_written_record() {
         let covered = record.encode_without_mac();
         let args = ["mac", "-binary", "-digest", "SHA512", "-macopt", &option, "HMAC"];
         assert_eq!(openssl(&args, &covered).unwrap()[..32], record.mac, "{}", case["name"]);
+    }
+}
+
+/// The shell block of the document.
+fn published_recipe() -> String {
+    let text = include_str!("../../../docs/formats/key-record.md");
+    let (_, rest) = text.split_once("```sh\n").expect("the document has a shell block");
+    rest.split_once("```").expect("the block ends").0.to_owned()
+}
+
+fn run(script: &str) -> Option<std::process::Output> {
+    let there = |tool: &str| Command::new(tool).arg("--version").output().is_ok();
+    // openssl 3 says its version by `version`, and answers `--version` with an error: it is there all the same.
+    if !there("openssl") || !there("basenc") {
+        return None;
+    }
+    Some(Command::new("sh").arg("-c").arg(script).stdin(Stdio::null()).output().expect("there is a shell"))
+}
+
+#[test]
+fn published_recipe_runs_as_printed() {
+    let recipe = published_recipe();
+    let cases = fixture::cases();
+    for case in cases.iter().filter(|case| case["kind"] != 3) {
+        let (first, printed) =
+            (&cases[0], |case: &Value, field: &str| case[field].as_str().unwrap().to_owned());
+        let unbroken = recipe.replace("\\\n", "");
+        assert!(
+            unbroken.contains(&format!("RECORD={}\n", printed(first, "record"))),
+            "the vector is the fixture's"
+        );
+        let script = unbroken
+            .replace(&printed(first, "record"), &printed(case, "record"))
+            .replace(&printed(first, "kek"), &printed(case, "kek"));
+        let Some(output) = run(&script) else { return println!("skipped: openssl or basenc is missing") };
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        assert_eq!(
+            String::from_utf8_lossy(&output.stdout).trim(),
+            printed(case, "payload"),
+            "{}",
+            case["name"]
+        );
+    }
+    let output = run(&recipe).unwrap();
+    assert_eq!(String::from_utf8_lossy(&output.stdout).trim(), cases[0]["payload"].as_str().unwrap());
+}
+
+#[test]
+fn published_recipe_says_when_the_kek_is_wrong_or_the_record_was_changed() {
+    let (recipe, case) = (published_recipe().replace("\\\n", ""), &fixture::cases()[0]);
+    let (record, kek) = (case["record"].as_str().unwrap(), case["kek"].as_str().unwrap());
+    // Byte 120 is the lowest of the epoch.
+    let changed = format!("{}02{}", &record[..240], &record[242..]);
+    for (script, complaint) in [
+        (recipe.replace(kek, &"ab".repeat(32)), "wrong KEK"),
+        (recipe.replace(record, &changed), "was changed"),
+    ] {
+        let Some(output) = run(&script) else { return println!("skipped: openssl or basenc is missing") };
+        assert!(!output.status.success() && output.stdout.is_empty());
+        assert!(String::from_utf8_lossy(&output.stderr).contains(complaint));
+    }
+}
+
+#[test]
+fn published_test_vector_is_the_fixture() {
+    let text = include_str!("../../../docs/formats/key-record.md");
+    let block = text.split_once("## Test vector").expect("a section").1.split("```").nth(1).expect("a block");
+    let digits: String = block.lines().filter_map(|line| line.get(18..)).collect();
+    let case = &fixture::cases()[0];
+    for field in ["kek", "payload", "wrap_key", "key_check", "mac_key", "record"] {
+        assert!(digits.contains(case[field].as_str().unwrap()), "{field}");
     }
 }
