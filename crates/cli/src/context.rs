@@ -26,7 +26,7 @@ pub(crate) struct Context {
     /// A server elsewhere: https://HOST[:PORT]
     #[arg(long, global = true, value_name = "URL")]
     pub(crate) server: Option<ServerUrl>,
-    /// How data is written to standard output
+    /// Standard output as a table for people, or as the API's JSON, which is stable
     #[arg(long, global = true, value_enum, default_value = "table", value_name = "FORMAT")]
     pub(crate) output: Format,
 }

@@ -12,6 +12,7 @@ mod output;
 mod password;
 mod pin;
 mod progress;
+mod rate;
 mod secret_file;
 mod server_url;
 mod size;

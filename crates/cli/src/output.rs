@@ -7,12 +7,11 @@ use comfy_table::{Table, presets};
 
 use crate::{error::CliError, style, text::printable};
 
-/// How data is written to stdout.
+/// How data is written to stdout: a table for people, which may change, or the API's object, which is stable.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub(crate) enum Format {
-    /// For people; may change.
+    // No doc comments here: they would turn the help of every command into its long form.
     Table,
-    /// The API's object; stable.
     Json,
 }
 

@@ -2,17 +2,21 @@
 
 use std::{
     io::{self, IsTerminal},
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use vmseal_api::task::Task;
 use vmseal_model::task::TaskState;
 
-use crate::{output, size::Size, text::printable};
+use crate::{
+    output,
+    rate::{Rate, duration},
+    size::Size,
+    text::printable,
+};
 
-const COUNTED: &str =
-    "{prefix} [{bar:24}] {binary_bytes}/{binary_total_bytes} {binary_bytes_per_sec} ETA {eta} {msg}";
+const COUNTED: &str = "{prefix} [{bar:24}] {msg}";
 const UNCOUNTED: &str = "{prefix} {spinner} {elapsed} {msg}";
 
 /// Shows one task.
@@ -23,6 +27,8 @@ pub(crate) enum Progress {
         bar: ProgressBar,
         /// Bytes in all, as last told; 0: not known yet.
         total: u64,
+        /// Its speed. Ours, since the bar's own counts what was done before it was there.
+        rate: Rate,
     },
     /// Elsewhere: the last line written.
     Lines {
@@ -40,7 +46,7 @@ impl Progress {
         let bar = ProgressBar::with_draw_target(None, ProgressDrawTarget::stderr());
         bar.set_style(style(UNCOUNTED));
         bar.enable_steady_tick(Duration::from_millis(200));
-        Self::Bar { bar, total: 0 }
+        Self::Bar { bar, total: 0, rate: Rate::default() }
     }
 
     /// The task as it is now.
@@ -53,26 +59,16 @@ impl Progress {
                     *last = line;
                 }
             }
-            Self::Bar { bar, total } => {
-                let jumped = task.done_bytes < bar.position();
+            Self::Bar { bar, total, rate } => {
                 if task.total_bytes != *total {
-                    let was_uncounted = *total == 0;
                     *total = task.total_bytes;
                     bar.set_length(*total);
-                    if was_uncounted {
-                        bar.set_style(style(COUNTED));
-                    }
-                    bar.set_position(task.done_bytes);
-                    // The rate counts from here: what was done before was done at another time.
-                    bar.reset_eta();
-                } else {
-                    bar.set_position(task.done_bytes);
-                    if jumped {
-                        bar.reset_eta();
-                    }
+                    bar.set_style(style(if *total > 0 { COUNTED } else { UNCOUNTED }));
                 }
+                rate.add(Instant::now(), task.done_bytes);
+                bar.set_position(task.done_bytes);
                 bar.set_prefix(printable(&task.vm).into_owned());
-                bar.set_message(printable(&doing(task)).into_owned());
+                bar.set_message(printable(&counts(task, rate.bytes_per_second())).into_owned());
             }
         }
     }
@@ -96,6 +92,21 @@ impl Progress {
 fn style(template: &str) -> ProgressStyle {
     let style = ProgressStyle::with_template(template).expect("a fixed template");
     style.progress_chars("=> ")
+}
+
+/// `1 GiB of 10 GiB, 400 MiB/s, ETA 23 s, vda copied`.
+fn counts(task: &Task, bytes_per_second: Option<u64>) -> String {
+    if task.total_bytes == 0 {
+        return doing(task);
+    }
+    let mut text = format!("{} of {}", Size(task.done_bytes), Size(task.total_bytes));
+    if let Some(rate) = bytes_per_second {
+        text.push_str(&format!(", {}/s", Size(rate)));
+        if let Some(seconds) = task.total_bytes.saturating_sub(task.done_bytes).checked_div(rate) {
+            text.push_str(&format!(", ETA {}", duration(seconds)));
+        }
+    }
+    format!("{text}, {}", doing(task))
 }
 
 fn line(task: &Task) -> String {
@@ -151,6 +162,15 @@ mod tests {
         waiting.message = "waits for host hv1".into();
         waiting.cancel_requested = true;
         assert_eq!(line(&waiting), "web01: waits for host hv1, being cancelled");
+    }
+
+    #[test]
+    fn counts_have_rate_and_eta_once_they_are_known() {
+        let mut task = task(TaskState::Running, "vda copied", 10 << 30);
+        task.done_bytes = 1 << 30;
+        assert_eq!(counts(&task, None), "1 GiB of 10 GiB, vda copied");
+        assert_eq!(counts(&task, Some(400 << 20)), "1 GiB of 10 GiB, 400 MiB/s, ETA 23 s, vda copied");
+        assert_eq!(counts(&task, Some(0)), "1 GiB of 10 GiB, 0 B/s, vda copied");
     }
 
     #[test]

@@ -161,6 +161,35 @@ fn first_contact_without_a_terminal_shows_the_fingerprint_and_ends() {
 }
 
 #[test]
+fn person_at_a_terminal_decides_about_an_unknown_server() {
+    let (scratch, ca) = (Scratch::new(), Ca::new());
+    let server = TlsServer::start(&ca, &ca, "vmseal-server", listen());
+    let password = scratch.write("password", "VMSEAL-TEST-PASSWORD\n");
+    for (answer, exit, requests) in [("n\n", 3, 0), ("\n", 3, 0), ("y\n", 0, 1)] {
+        let said = support::at_terminal(
+            &scratch,
+            &[
+                "login",
+                "--server",
+                &server.url,
+                "--user",
+                "alice",
+                "--password-file",
+                password.to_str().unwrap(),
+            ],
+            answer,
+        );
+        assert_eq!(said.exit, exit, "{said:?}");
+        let shown = said.stdout.replace(':', "").to_lowercase();
+        assert!(
+            shown.contains(&ca.fingerprint()) && said.stdout.contains("Is it the same? [y/N]"),
+            "{said:?}"
+        );
+        assert_eq!(server.asked().len(), requests, "{said:?}");
+    }
+}
+
+#[test]
 fn server_with_another_ca_at_the_same_address_is_refused_and_gets_no_token() {
     let (scratch, ca, other) = (Scratch::new(), Ca::new(), Ca::new());
     let server = TlsServer::start(&ca, &ca, "vmseal-server", listen());

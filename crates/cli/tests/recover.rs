@@ -10,7 +10,7 @@ use std::{
 };
 
 use base64::{Engine, engine::general_purpose::STANDARD};
-use support::{Said, Scratch, vmseal, vmseal_with_fd3};
+use support::{Said, Scratch, at_terminal, vmseal, vmseal_with_fd3};
 use vmseal_keys::{Dek, NewDiskRecord, seal_disk};
 use vmseal_luks::{Geometry, HEADER_BYTES, Header, VmsealToken, create};
 use vmseal_model::{
@@ -194,14 +194,8 @@ fn key_goes_to_a_descriptor_and_to_nothing_else() {
 #[test]
 fn key_is_not_shown_on_a_terminal() {
     let house = House::new(HeaderKind::Attached);
-    // script(1) gives the program a terminal on descriptors 0 to 2.
-    let args = house.args(&["--out-fd", "1"]).join(" ");
-    let program = env!("CARGO_BIN_EXE_vmseal");
-    let said: Said = Command::new("script")
-        .args(["-qec", &format!("HOME={} {program} {args}", house.scratch.path("").display()), "/dev/null"])
-        .output()
-        .expect("script is installed (package bsdutils)")
-        .into();
+    let args = house.args(&["--out-fd", "1"]);
+    let said = at_terminal(&house.scratch, &args.iter().map(String::as_str).collect::<Vec<_>>(), "");
     assert_eq!(said.exit, 2, "{said:?}");
     assert!(said.stdout.contains("descriptor 1 is a terminal; a key is never written to one"), "{said:?}");
 }

@@ -218,6 +218,22 @@ pub fn vmseal_with_fd3(scratch: &Scratch, redirection: &str, args: &[&str]) -> S
     command.output().unwrap().into()
 }
 
+/// Runs it on a terminal, by script(1); what it shows there comes as `stdout`. `typed` waits in the terminal.
+pub fn at_terminal(scratch: &Scratch, args: &[&str], typed: &str) -> Said {
+    let words: Vec<String> =
+        [env!("CARGO_BIN_EXE_vmseal")].iter().chain(args).map(|w| format!("'{w}'")).collect();
+    let mut command = Command::new("script");
+    command.args(["-qec", &words.join(" "), "/dev/null"]);
+    with_home(&mut command, scratch.0.as_path());
+    let mut child = command
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .spawn()
+        .expect("script is installed (package bsdutils)");
+    child.stdin.take().unwrap().write_all(typed.as_bytes()).unwrap();
+    child.wait_with_output().unwrap().into()
+}
+
 fn with_home(command: &mut Command, home: &Path) {
     command.env_remove("XDG_CONFIG_HOME").env("HOME", home).stdin(Stdio::null());
 }
