@@ -6,16 +6,13 @@ PROFILE = --release
 BINS = -p vmseal-cli -p vmseal-server -p vmseal-agent -p vmseal-disk
 export CARGO_TERM_COLOR ?= auto
 
-.PHONY: help demo demo-down test test-vectors lint build setup rust nextest bench-start \
-  soak-kills soak-encrypt soak-outages soak-hooks
+.PHONY: help demo demo-down test test-vectors lint build setup rust nextest
 
 help:
-	@echo 'make demo          encrypt, boot and recover a VM on this machine; leaves it running'
+	@echo 'make demo          encrypt, boot and recover a disk on this machine; leaves it running'
 	@echo 'make demo-down     stop what the demo left'
 	@echo 'make test          build, then every proof in its small count (15 minutes on 2 cores)'
 	@echo 'make test-vectors  only the published test vectors'
-	@echo 'make soak-NAME     a proof in its full count: kills encrypt outages hooks'
-	@echo 'make bench-start   what encryption adds to virsh start'
 	@echo 'make lint          what CI demands of the source: format, lints, doors, bans'
 	@echo 'make build         the programs, below target/release'
 
@@ -38,14 +35,6 @@ test-vectors: rust nextest
 	@tests/lab/setup.sh build
 	$(CARGO) nextest run $(PROFILE) --locked -p vmseal-keys -p vmseal-xts -p vmseal-luks --success-output final \
 	  -E 'binary(/^vectors/)'
-
-# A soak is the same test with its full count.
-soak-%: build nextest
-	VMSEAL_SOAK=1 $(CARGO) nextest run $(PROFILE) --locked -p vmseal-e2e --profile soak --success-output final \
-	  -E 'binary(=$*)'
-
-bench-start: build
-	@$(CARGO) run --quiet $(PROFILE) -p vmseal-e2e --bin bench-start
 
 lint: rust
 	$(CARGO) fmt --all --check
