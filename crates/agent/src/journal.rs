@@ -302,10 +302,12 @@ enum Parsed {
 fn parse(bytes: &[u8]) -> Parsed {
     let Some(header) = bytes.get(..HEADER.len()) else { return Parsed::NoHeader };
     if header != HEADER {
-        return match header {
-            [0, ..] if bytes.iter().all(|b| *b == 0) => Parsed::NoHeader,
-            _ if header.starts_with(&HEADER[..8]) => Parsed::OtherVersion,
-            _ => Parsed::Damaged { at: 0 },
+        // Torn: a piece of the header, and zeros where the rest never came.
+        let whole = header.iter().zip(&HEADER).take_while(|(a, b)| a == b).count();
+        return match () {
+            () if bytes[whole..].iter().all(|b| *b == 0) => Parsed::NoHeader,
+            () if header.starts_with(&HEADER[..8]) => Parsed::OtherVersion,
+            () => Parsed::Damaged { at: 0 },
         };
     }
     let mut entries = Vec::new();

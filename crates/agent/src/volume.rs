@@ -15,7 +15,7 @@ use vmseal_keys::{Dek, key_check};
 use vmseal_luks::{Header, LuksError, OwnerBlock, VmsealToken, repair};
 use vmseal_model::{
     control::DiskSetup,
-    id::{DiskId, HostId},
+    id::{DiskId, HostId, VmId},
     record::{HeaderKind, KeyRecord, Subject},
     refusal::Code,
 };
@@ -177,13 +177,8 @@ pub fn open_locked(
         let path = path.to_owned();
         move |lock| VolumeError::Locked { path, lock }
     };
-    let use_of_data = match (read_only, header) {
-        (true, _) => Claim::Reading,
-        (false, None) => Claim::Volume,
-        // With a detached header, byte 15 MiB of the data file is data; the range is locked there too all the same.
-        (false, Some(_)) => Claim::Volume,
-    };
-    claim(&data, use_of_data).map_err(locked(source))?;
+    // With a detached header byte 15 MiB of the data file is data; the range is locked there all the same.
+    claim(&data, if read_only { Claim::Reading } else { Claim::Volume }).map_err(locked(source))?;
     let header_file = match header {
         Some(path) => {
             let file = open_regular(path, !read_only)?;
@@ -221,15 +216,10 @@ pub fn open_locked(
 
 /// What a record says of its volume.
 struct DiskSubject {
-    record: KeyRecordCheck,
+    vm: VmId,
     disk: DiskId,
     unit_bytes: u32,
     payload_offset: u64,
-}
-
-/// The parts of a record that prove a key.
-struct KeyRecordCheck {
-    vm: vmseal_model::id::VmId,
     key_check: [u8; 32],
 }
 
@@ -244,8 +234,8 @@ impl DiskSubject {
             (HeaderKind::Detached, None) => return Err(other("it says the header is detached")),
             _ => return Err(other("it says the header is attached")),
         }
-        let record = KeyRecordCheck { vm: record.head.vm, key_check: record.head.key_check };
-        Ok(Self { record, disk, unit_bytes: unit.get(), payload_offset })
+        let (vm, key_check) = (record.head.vm, record.head.key_check);
+        Ok(Self { vm, disk, unit_bytes: unit.get(), payload_offset, key_check })
     }
 }
 
@@ -269,8 +259,8 @@ fn check_header(
     mismatch("the disk id", header.uuid().to_string(), subject.disk.to_string())?;
     mismatch("data units of", header.unit_bytes().to_string(), subject.unit_bytes.to_string())?;
     mismatch("its data at byte", header.payload_offset().to_string(), subject.payload_offset.to_string())?;
-    let checked = key_check(dek.payload(), subject.record.vm, subject.disk);
-    if checked != subject.record.key_check || !header.digest_matches(dek) {
+    let checked = key_check(dek.payload(), subject.vm, subject.disk);
+    if checked != subject.key_check || !header.digest_matches(dek) {
         return Err(VolumeError::WrongKey { path: path.to_owned(), disk: subject.disk });
     }
     if header.needs_repair() && !read_only {
@@ -347,3 +337,6 @@ fn length(file: &File, path: &Path) -> Result<u64, VolumeError> {
 pub(crate) fn hex(bytes: &[u8]) -> String {
     bytes.iter().map(|b| format!("{b:02x}")).collect()
 }
+
+#[cfg(test)]
+mod tests;

@@ -82,6 +82,15 @@ fn every_tear_gives_the_last_whole_entry() {
         let mut zeroed = good[..cut].to_vec();
         zeroed.resize(next, 0);
         for torn in [&good[..cut], &zeroed] {
+            match parse(torn) {
+                Parsed::Good { entries, len } => assert_eq!((&entries[..], len), (&all[..whole], last)),
+                Parsed::NoHeader => assert!(cut < HEADER.len()),
+                _ => panic!("torn at {cut} is no damage"),
+            }
+            // Flushing is slow: a few go through the file.
+            if cut % 60 != 0 {
+                continue;
+            }
             fs::write(&path, torn).unwrap();
             let (mut journal, read) = Journal::recover(&path).unwrap();
             assert_eq!(read, all[..whole], "cut at {cut}");
@@ -102,9 +111,10 @@ fn damage_before_the_end_is_an_error_and_not_a_shorter_history() {
     for at in HEADER.len()..last_begins {
         let mut bad = good.clone();
         bad[at] ^= 0x10;
+        assert!(matches!(parse(&bad), Parsed::Damaged { .. }), "byte {at}");
         fs::write(&path, &bad).unwrap();
-        assert!(matches!(Journal::recover(&path), Err(JournalError::Damaged { .. })), "byte {at}");
     }
+    assert!(matches!(Journal::recover(&path), Err(JournalError::Damaged { .. })));
 }
 
 #[test]
