@@ -141,7 +141,7 @@ impl House {
 
     fn host_connected(&self) -> bool {
         let hosts = self.json(&["host", "list"]);
-        items(&hosts).iter().any(|h| h["connected"] == Value::Bool(true))
+        items(&hosts).iter().any(|h| h["state"] == "connected")
     }
 
     fn daemon(&self, mut command: Command, name: &str) -> Child {
