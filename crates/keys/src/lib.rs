@@ -8,7 +8,7 @@
 //! |---|---|
 //! | [`secret`], [`share`] | memory that keys live in, within a process and between two |
 //! | [`dek`], [`home_key`], [`kek`] | the keys as types |
-//! | [`derive`], [`mod@key_check`], [`gcm`] | primitives as this product uses them |
+//! | [`mod@derive`], [`mod@key_check`], [`gcm`] | primitives as this product uses them |
 //! | [`wrap`], [`record`] | recipients and whole records |
 //! | [`native`] | KEKs of the native provider |
 //! | [`grant`] | KEKs on their way to an agent |
