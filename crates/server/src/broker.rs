@@ -233,7 +233,10 @@ async fn grant(
             })
         }
         Some(_) => Err("another provider has this name now".to_owned()),
-        None => Err("there is no provider of this name; `vmseal provider import` brings it back".to_owned()),
+        None => Err(match server.providers.broken().get(asked.provider.as_str()) {
+            Some(why) => format!("the provider's own keys do not open: {why}"),
+            None => "there is no provider of this name; `vmseal provider import` brings it back".to_owned(),
+        }),
     };
     let kek: Kek = match kek {
         Ok(kek) => kek,

@@ -156,8 +156,7 @@ pub async fn start(config: &ServerConfig, clock: Clock) -> Result<Running, Start
         fingerprint_key: hmac::Key::new(hmac::HMAC_SHA256, root.derive("request-fingerprint")?.expose()),
         started_ms: clock.now_ms(),
         gate_address: with_port(&public, gate.port()),
-        // SAFETY: geteuid takes nothing, touches no memory and cannot fail.
-        own_uid: unsafe { libc::geteuid() },
+        own_uid: rustix::process::geteuid().as_raw(),
         events: broadcast::Sender::new(EVENTS),
         stop: watch::Sender::new(false),
         store,

@@ -3,7 +3,7 @@
 use std::{sync::Arc, time::Duration};
 
 use tokio::time::timeout;
-use tonic::Streaming;
+use tonic::{Status, Streaming};
 use vmseal_api::agent::{
     PROTOCOL,
     v1::{Floor, FloorReply, FloorRequest, FromAgent, Hello, Notice, Warning, Welcome, from_agent, to_agent},
@@ -46,7 +46,10 @@ pub(super) async fn run(server: Arc<Server>, host: Host, session: Session, mut s
             server.sessions.leave(&host_id, &session);
             tracing::info!(host = host.name, why, "session ended");
         }
-        Err(why) => tracing::warn!(host = host.name, why, "session refused"),
+        Err(why) => {
+            tracing::warn!(host = host.name, why, "session refused");
+            session.refuse(Status::failed_precondition(why));
+        }
     }
 }
 

@@ -34,6 +34,12 @@ impl Session {
         sent
     }
 
+    /// Refuses it, with the reason.
+    pub(crate) fn refuse(&self, status: Status) {
+        // Whoever is gone already need not know.
+        let _ = self.down.try_send(Err(status));
+    }
+
     /// Ends it.
     pub(crate) fn end(&self) {
         self.ended.send_replace(true);
