@@ -11,6 +11,7 @@ pub mod control_frame;
 pub mod domain_xml;
 pub mod floors;
 pub mod identity;
+pub mod job;
 pub mod join;
 pub mod journal;
 pub mod keyring;
@@ -22,6 +23,7 @@ pub mod ports;
 #[cfg(test)]
 pub(crate) mod scratch;
 pub mod session;
+pub mod spawn;
 pub mod store;
 pub mod uplink;
 pub mod volume;
