@@ -148,13 +148,17 @@ async fn authorise(write: &mut Write, host: &Host, asked: &Asked) -> Result<KeyR
     {
         return for_task(write, host, task_id, row).await;
     }
-    let Some(vm) = asked.vm else {
+    let vm = match asked.vm {
+        Some(vm) => Some(vm.to_string()),
+        None => own_key_of_task(write, host, asked, known.as_ref()).await?,
+    };
+    let Some(vm) = vm else {
         return Err(No::alarm(format!(
             "host {} may not have key {}: it is not that of one of its tasks",
             host.name, asked.kek
         )));
     };
-    let (vm, domain) = (vm.to_string(), asked.domain.to_string());
+    let domain = asked.domain.to_string();
     place(write, host, &vm, &domain).await?;
     let Some(row) = known else {
         // The first to ask binds it: the database was lost, or the provider came from elsewhere.
@@ -174,6 +178,23 @@ async fn authorise(write: &mut Write, host: &Host, asked: &Asked) -> Result<KeyR
         return Err(No::alarm(format!("key {} belongs to another VM than {vm}", asked.kek)));
     }
     Ok(KeyRow { vm_id: Some(vm), domain_uuid: Some(domain), ..row })
+}
+
+/// The VM of a key that a running task on that VM asks for, without saying which VM it is.
+async fn own_key_of_task(
+    write: &mut Write,
+    host: &Host,
+    asked: &Asked,
+    known: Option<&KeyRow>,
+) -> Result<Option<String>, No> {
+    let (Some(id), Some(row)) = (asked.task, known) else { return Ok(None) };
+    let task = task::get(write, &id.to_string()).await?;
+    let on_it = task.is_some_and(|t| {
+        t.host_id == host.id.to_string()
+            && t.finished_ms.is_none()
+            && t.domain_uuid.as_deref() == Some(asked.domain.to_string().as_str())
+    });
+    Ok(row.vm_id.clone().filter(|_| on_it))
 }
 
 async fn for_task(write: &mut Write, host: &Host, id: TaskId, row: &KeyRow) -> Result<KeyRow, No> {

@@ -141,6 +141,22 @@ async fn key_of_a_task_goes_to_the_host_that_runs_it_while_it_runs() {
 }
 
 #[tokio::test]
+async fn task_on_an_encrypted_vm_gets_that_vms_key_and_no_other() {
+    let rig = Rig::start().await;
+    rig.provider("main").await;
+    let (guest, neighbour) = (Guest::new("web01", 1), Guest::new("web02", 2));
+    let mut worker = host(&rig, "kvm1").await;
+    worker.report(vec![guest.encrypted("main", &kek(1), 1), neighbour.encrypted("main", &kek(2), 1)]).await;
+    let decrypt = paths::fill(paths::VM_DECRYPT, "web01");
+    let task: Task = rig.root().post(&decrypt, &serde_json::json!({"source": "keep"})).await.good();
+    let asked = KeyRequest { task_id: task.id, vm_id: String::new(), ..guest.key_request("main", &kek(1)) };
+    let grant = worker.ask(asked.clone()).await.unwrap();
+    worker.open(&grant);
+    let other = KeyRequest { kek_id: kek(2), ..asked };
+    assert_eq!(worker.ask(other).await.unwrap_err().code, "unknown-vm");
+}
+
+#[tokio::test]
 async fn malformed_key_request_is_refused_and_the_session_goes_on() {
     let rig = Rig::start().await;
     let mut host = host(&rig, "kvm1").await;
