@@ -1,6 +1,10 @@
 //! `vmseal-server`: see the library for what it does.
 
-use std::{io::Write as _, path::PathBuf, process::ExitCode};
+use std::{
+    io::{IsTerminal as _, Write as _},
+    path::PathBuf,
+    process::ExitCode,
+};
 
 use clap::{Parser, Subcommand};
 use tokio::signal::unix::{SignalKind, signal};
@@ -53,6 +57,7 @@ fn main() -> ExitCode {
                     tracing_subscriber::EnvFilter::try_from_env("VMSEAL_LOG")
                         .unwrap_or_else(|_| "info,sqlx=warn".into()),
                 )
+                .with_ansi(std::io::stderr().is_terminal())
                 .with_writer(std::io::stderr)
                 .init();
             match run(&config) {
