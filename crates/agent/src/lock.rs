@@ -1,15 +1,25 @@
 //! Who may touch an image file now: OFD locks of ours, and QEMU's own lock bytes so that QEMU and `qemu-img` keep out.
 //!
-//! An open file in; a lock that lives as long as that open file description, in whatever process. It waits for nobody.
+//! An open file in; a lock that lives as long as that open file description, in whatever process. It waits for nobody
+//! but a moment.
 //! QEMU's bytes: `block/file-posix.c`, `RAW_LOCK_PERM_BASE` 100 (what a user does) and `RAW_LOCK_SHARED_BASE` 200
 //! (what it does not let others do), one byte per permission, taken as *read* locks; who conflicts is found by asking.
 
-use std::{fs::File, io, os::fd::AsRawFd};
+use std::{
+    fs::File,
+    io,
+    os::fd::AsRawFd,
+    thread,
+    time::{Duration, Instant},
+};
 
 /// Bytes of QEMU's permissions that we take: consistent read, write, write unchanged, resize.
 const QEMU_PERMISSIONS: std::ops::RangeInclusive<i64> = 0..=3;
 const QEMU_DOES: i64 = 100;
 const QEMU_DENIES: i64 = 200;
+/// How long a lock is tried for.
+pub const PATIENCE: Duration = Duration::from_millis(600);
+const PAUSE: Duration = Duration::from_millis(20);
 /// Our own range, in the data file and in a detached header: the owner block.
 pub const OWNER_RANGE: (i64, i64) = (15 << 20, 4096);
 
@@ -62,6 +72,22 @@ pub fn claim(file: &File, claim: Claim) -> Result<(), LockError> {
         release(file);
     }
     taken
+}
+
+/// As [`claim`], but tries for [`PATIENCE`] before it says that somebody has it: a process that is being started has a
+/// copy of every lock of ours until it runs its program, and a worker that was told to end takes a moment.
+///
+/// # Errors
+///
+/// As [`claim`].
+pub fn claim_soon(file: &File, what: Claim) -> Result<(), LockError> {
+    let until = Instant::now() + PATIENCE;
+    loop {
+        match claim(file, what) {
+            Err(LockError::InUse { .. }) if Instant::now() < until => thread::sleep(PAUSE),
+            other => return other,
+        }
+    }
 }
 
 /// Locks just the owner block's range, for a detached header.
@@ -179,19 +205,19 @@ mod tests {
         for first in [Claim::Volume, Claim::Source, Claim::Reading] {
             for second in [Claim::Volume, Claim::Source] {
                 let held = open(&path);
-                claim(&held, first).unwrap();
+                claim_soon(&held, first).unwrap();
                 let other = open(&path);
                 assert!(
                     matches!(claim(&other, second), Err(LockError::InUse { .. })),
                     "{first:?} {second:?}"
                 );
                 drop(held);
-                claim(&other, second).unwrap();
+                claim_soon(&other, second).unwrap();
             }
         }
         let (a, b) = (open(&path), open(&path));
-        claim(&a, Claim::Reading).unwrap();
-        claim(&b, Claim::Reading).unwrap();
+        claim_soon(&a, Claim::Reading).unwrap();
+        claim_soon(&b, Claim::Reading).unwrap();
     }
 
     #[test]
@@ -204,7 +230,7 @@ mod tests {
         drop(held);
         assert!(claim(&open(&path), Claim::Volume).is_err());
         drop(copy);
-        claim(&open(&path), Claim::Volume).unwrap();
+        claim_soon(&open(&path), Claim::Volume).unwrap();
     }
 
     #[test]
@@ -216,7 +242,7 @@ mod tests {
         let write = ["dd", "-f", "raw", "-O", "raw", "if=/dev/zero", "of=IMAGE", "bs=512", "count=1"];
         for (what, may_read) in [(Claim::Volume, false), (Claim::Source, false), (Claim::Reading, true)] {
             let held = open(&path);
-            claim(&held, what).unwrap();
+            claim_soon(&held, what).unwrap();
             // `qemu-img info` of a raw file takes no lock at all, whoever holds it.
             assert_eq!(qemu_img(&copy, &path), may_read, "{what:?}");
             assert!(!qemu_img(&resize, &path), "{what:?}");

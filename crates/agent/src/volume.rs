@@ -20,7 +20,7 @@ use vmseal_model::{
     refusal::Code,
 };
 
-use crate::lock::{Claim, LockError, claim, claim_header};
+use crate::lock::{Claim, LockError, claim_header, claim_soon};
 
 /// Why a volume is not opened.
 #[derive(Debug, thiserror::Error)]
@@ -178,7 +178,7 @@ pub fn open_locked(
         move |lock| VolumeError::Locked { path, lock }
     };
     // With a detached header byte 15 MiB of the data file is data; the range is locked there all the same.
-    claim(&data, if read_only { Claim::Reading } else { Claim::Volume }).map_err(locked(source))?;
+    claim_soon(&data, if read_only { Claim::Reading } else { Claim::Volume }).map_err(locked(source))?;
     let header_file = match header {
         Some(path) => {
             let file = open_regular(path, !read_only)?;

@@ -1,0 +1,137 @@
+//! `vm decrypt`: what is refused, and the plan.
+
+use std::path::Path;
+
+use vmseal_model::{
+    control::DiskSetup,
+    id::{DomainUuid, VmId},
+    metadata::DiskMetadata,
+    refusal::Code,
+    state::InnerFormat,
+    task::SourceFate,
+};
+
+use crate::{
+    domain_xml::{DiskSource, DomainXml},
+    new_volume::Ownership,
+    store::StoredDisk,
+    tasks::{
+        context::Context,
+        image::{check_free, check_space, examine},
+        plan::{ClearDisk, DecryptPlan, directory},
+        refusal::{Halt, Refusal},
+        refuse::{check_targets, idle_domain, is_encrypted, vm_id},
+        unlock,
+    },
+    volume::open_locked,
+};
+
+/// Looks at everything; the agent's store gets the newest record of each disk, and nothing else changes.
+pub(crate) fn plan(
+    ctx: &mut Context,
+    domain: DomainUuid,
+    targets: &[String],
+    fate: SourceFate,
+) -> Result<DecryptPlan, Halt> {
+    let idle = idle_domain(&ctx.world, domain)?;
+    let name = idle.info.name.clone();
+    check_targets(&idle.xml, targets, &name)?;
+    let vm = vm_id(&ctx.world, domain, &idle.xml, &name)?;
+    let nothing = |text: String| Refusal::new(Code::NothingToDo, text);
+    let Some(metadata) = idle.xml.metadata().map_err(Refusal::from)? else {
+        return Err(nothing(format!("{name} has no encrypted disk")).into());
+    };
+    let mut chosen = Vec::new();
+    for disk in idle.xml.disks() {
+        let encrypted = is_encrypted(&disk, Some(&metadata));
+        if targets.contains(&disk.target) && !encrypted {
+            return Err(nothing(format!("disk {} of {name} is not encrypted", disk.target)).into());
+        }
+        if encrypted && (targets.is_empty() || targets.contains(&disk.target)) {
+            chosen.extend(metadata.disks.iter().find(|d| d.target == disk.target).cloned());
+        }
+    }
+    if chosen.is_empty() {
+        return Err(nothing(format!("{name} has no encrypted disk")).into());
+    }
+    let mut disks = Vec::new();
+    for disk in &chosen {
+        let planned = clear_disk(ctx, vm, domain, &idle.xml, disk);
+        disks.push(planned.map_err(|halt| match halt {
+            Halt::Failed(refusal) => Halt::Failed(refusal.about(&disk.target)),
+            halt => halt,
+        })?);
+    }
+    let needs: Vec<_> = disks.iter().map(|d| (directory(&d.clear), d.bytes)).collect();
+    check_space(&needs)?;
+    Ok(DecryptPlan { vm, domain, name, disks, fate })
+}
+
+fn clear_disk(
+    ctx: &mut Context,
+    vm: VmId,
+    domain: DomainUuid,
+    xml: &DomainXml,
+    disk: &DiskMetadata,
+) -> Result<ClearDisk, Halt> {
+    let (volume, header) = (Path::new(&disk.source), disk.header.as_deref().map(Path::new));
+    let image = examine(&disk.source)?;
+    let opened = unlock::newest(ctx, vm, domain, disk.disk, &disk.record, (volume, header))?;
+    let open = open_locked(volume, header, &opened.record, &opened.dek, &disk.target, 0, true)
+        .map_err(Refusal::from)?;
+    // A crash resumes from the store alone.
+    let stored = ctx.world.store.disk(disk.disk).map(|(_, stored)| stored);
+    if stored.as_ref().is_none_or(|s| s.record != opened.record.encode() || s.retired) {
+        ctx.world.store.put_disk(vm, domain, to_store(disk, &opened))?;
+    }
+    let clear = clear_path(xml, &disk.source)?;
+    Ok(ClearDisk {
+        target: disk.target.clone(),
+        disk: disk.disk,
+        volume: disk.source.clone(),
+        header: disk.header.clone(),
+        identity: image.identity,
+        format: disk.format,
+        clear,
+        bytes: bytes_of(&open.setup, open.stored_bytes, disk.format),
+        ownership: Ownership { mode: image.ownership.mode & 0o666, ..image.ownership },
+    })
+}
+
+fn to_store(disk: &DiskMetadata, opened: &unlock::Opened) -> StoredDisk {
+    StoredDisk {
+        target: disk.target.clone(),
+        disk: disk.disk,
+        source: disk.source.clone(),
+        header: disk.header.clone(),
+        format: disk.format,
+        class: disk.class,
+        record: opened.record.encode(),
+        epoch: opened.record.state.epoch,
+        epoch_unverified: false,
+        retired: false,
+    }
+}
+
+/// A raw disk is as long as it presents; a qcow2 image is as long as it has grown.
+fn bytes_of(setup: &DiskSetup, stored: u64, format: InnerFormat) -> u64 {
+    match format {
+        InnerFormat::Raw => setup.presented_bytes,
+        InnerFormat::Qcow2 => stored,
+    }
+}
+
+/// The image's old name if that is free, else one more than the volume's.
+fn clear_path(xml: &DomainXml, volume: &str) -> Result<String, Refusal> {
+    let named =
+        |path: &str| xml.disks().iter().any(|d| matches!(&d.source, DiskSource::File(p) if p == path));
+    if let Some(old) = volume.strip_suffix(".vmseal")
+        && !named(old)
+        && check_free(old).is_ok()
+    {
+        return Ok(old.to_owned());
+    }
+    let clear = format!("{}.clear", volume.strip_suffix(".vmseal").unwrap_or(volume));
+    check_free(&clear)?;
+    Ok(clear)
+}

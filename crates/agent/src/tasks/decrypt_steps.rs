@@ -1,0 +1,270 @@
+//! Makes clear files of encrypted disks and switches a domain to them: the steps of `DecryptStep`.
+//!
+//! A plan that was written down in; the domain on clear files, or everything as before, out. Each step may be repeated
+//! after a crash. Records stay in the store, retired: a volume that was kept, or an old backup of it, may need them.
+
+use std::{fs::File, path::Path};
+
+use serde_json::{Value, json};
+use vmseal_model::{control::Job, metadata::VmMetadata, refusal::Code, task::SourceFate};
+
+use crate::{
+    domain_xml::{DiskSource, DomainXml},
+    new_volume::{allocate, create_exclusive, rename_exclusive},
+    tasks::{
+        context::Context,
+        encrypt_steps::about,
+        hold::{lock_source, patiently},
+        image::shell,
+        pass::Pass,
+        plan::{ClearDisk, DecryptPlan, Identity, for_job},
+        refusal::{Halt, Refusal, io_refusal},
+        switch::Switch,
+        unlock, wipe,
+    },
+    volume::{OpenVolume, open_locked, open_regular},
+};
+
+#[derive(Default)]
+struct Held {
+    volume: Option<OpenVolume>,
+    keys: Option<unlock::Opened>,
+    /// The clear file, locked.
+    clear: Option<File>,
+}
+
+/// Goes through the steps that are not done; gives what to tell at the end.
+pub(crate) fn run(ctx: &mut Context, plan: &DecryptPlan) -> Result<String, Halt> {
+    ctx.set_total(plan.disks.iter().map(|d| d.bytes.saturating_mul(2)).fold(0, u64::saturating_add));
+    let mut all: Vec<Held> = plan.disks.iter().map(|_| Held::default()).collect();
+    if !ctx.is_done("", "switched")
+        && let Err(halt) = up_to_switch(ctx, plan, &mut all)
+    {
+        if !matches!(halt, Halt::Stopped) {
+            all.iter().for_each(release);
+        }
+        return Err(halt);
+    }
+    ctx.commit();
+    all.iter().for_each(release);
+    drop(all);
+    ctx.make_startable();
+    let mut notes = Vec::new();
+    for disk in &plan.disks {
+        ctx.step(&disk.target, "source-gone", |ctx| {
+            notes.extend(source_gone(ctx, plan, disk)?);
+            Ok(())
+        })?;
+    }
+    let targets: Vec<_> = plan.disks.iter().map(|d| format!("{} in {}", d.target, d.clear)).collect();
+    let mut text = format!("{} is clear: {}", plan.name, targets.join(", "));
+    for note in notes {
+        text.push_str("; ");
+        text.push_str(&note);
+    }
+    Ok(text)
+}
+
+fn up_to_switch(ctx: &mut Context, plan: &DecryptPlan, all: &mut [Held]) -> Result<(), Halt> {
+    for (disk, held) in plan.disks.iter().zip(all) {
+        let steps = |ctx: &mut Context, held: &mut Held| {
+            open(ctx, plan, disk, held)?;
+            allocated(ctx, disk)?;
+            copied(ctx, plan, disk, held)?;
+            verified(ctx, plan, disk, held)
+        };
+        steps(ctx, held).map_err(|halt| about(halt, &disk.target))?;
+    }
+    ctx.step("", "switched", |ctx| switch(ctx, plan))
+}
+
+/// Says in the owner block that nobody holds the volume. Information only: what fails here is passed over.
+fn release(held: &Held) {
+    if let Some(volume) = &held.volume {
+        let _ = volume.release();
+    }
+}
+
+/// The volume, open and locked until the switch: nobody writes it meanwhile.
+fn open(ctx: &mut Context, plan: &DecryptPlan, disk: &ClearDisk, held: &mut Held) -> Result<(), Halt> {
+    let keys = unlock::stored_dek(ctx, plan.vm, plan.domain, disk.disk)?;
+    let (path, header) = (Path::new(&disk.volume), disk.header.as_deref().map(Path::new));
+    let mut volume =
+        patiently(ctx, || open_locked(path, header, &keys.record, &keys.dek, &disk.target, 0, false))?;
+    let metadata = volume.data.metadata().map_err(|e| io_refusal("look at", path, &e))?;
+    if !Identity::of(&metadata).same_file(&disk.identity) {
+        let text = format!("{} was replaced by another file meanwhile", disk.volume);
+        return Err(Refusal::new(Code::Conflict, text).into());
+    }
+    if let Some(host) = ctx.world.host() {
+        let _ = volume.hold(host);
+    }
+    volume.setup = for_job(&volume.setup);
+    held.volume = Some(volume);
+    held.keys = Some(keys);
+    Ok(())
+}
+
+fn allocated(ctx: &mut Context, disk: &ClearDisk) -> Result<(), Halt> {
+    ctx.step(&disk.target, "allocated", |ctx| {
+        let (unfinished, clear) = (disk.unfinished(ctx.command.task), Path::new(&disk.clear));
+        let made: Option<Identity> = ctx.data(&disk.target, "created");
+        if let Some(made) = made
+            && std::fs::symlink_metadata(clear).is_ok_and(|m| Identity::of(&m).same_file(&made))
+        {
+            return Ok(json!({}));
+        }
+        wipe::delete(&unfinished.to_string_lossy())?;
+        let file = create_exclusive(&unfinished, disk.ownership)
+            .map_err(|e| io_refusal("create", &unfinished, &e))?;
+        let metadata = file.metadata().map_err(|e| io_refusal("look at", &unfinished, &e))?;
+        ctx.note(&disk.target, "created", &Identity::of(&metadata))?;
+        allocate(&file, disk.bytes).map_err(Refusal::from)?;
+        file.sync_all().map_err(|e| io_refusal("flush", &unfinished, &e))?;
+        rename_exclusive(&unfinished, clear).map_err(|e| io_refusal("name the clear file", clear, &e))?;
+        Ok(json!({}))
+    })
+}
+
+fn copied(ctx: &mut Context, plan: &DecryptPlan, disk: &ClearDisk, held: &mut Held) -> Result<(), Halt> {
+    ctx.count_done(&disk.target, "copied", disk.bytes);
+    ctx.step(&disk.target, "copied", |ctx| {
+        pass(ctx, plan, disk, held, Job::Decrypt)?;
+        Ok(json!({}))
+    })
+}
+
+fn verified(ctx: &mut Context, plan: &DecryptPlan, disk: &ClearDisk, held: &mut Held) -> Result<(), Halt> {
+    ctx.count_done(&disk.target, "verified", disk.bytes);
+    ctx.step(&disk.target, "verified", |ctx| {
+        let sha256 = pass(ctx, plan, disk, held, Job::Verify)?;
+        Ok(json!({ "sha256": sha256 }))
+    })
+}
+
+fn pass(
+    ctx: &mut Context,
+    plan: &DecryptPlan,
+    disk: &ClearDisk,
+    held: &mut Held,
+    job: Job,
+) -> Result<String, Halt> {
+    if held.clear.is_none() {
+        let file = open_regular(Path::new(&disk.clear), true).map_err(Refusal::from)?;
+        let metadata = file.metadata().map_err(|e| io_refusal("look at", Path::new(&disk.clear), &e))?;
+        let made: Option<Identity> = ctx.data(&disk.target, "created");
+        if !made.is_some_and(|made| Identity::of(&metadata).same_file(&made)) {
+            let text = format!("{} is not the file this task made", disk.clear);
+            return Err(Refusal::new(Code::Conflict, text).into());
+        }
+        patiently(ctx, || lock_source(&file, &disk.clear))?;
+        held.clear = Some(file);
+    }
+    let (volume, keys) = (held.volume.as_ref(), held.keys.as_ref());
+    let (volume, dek) = (volume.expect("the disk's first step opens it"), &keys.expect("as above").dek);
+    let (target, other) = (disk.target.as_str(), held.clear.as_ref());
+    Pass { vm: plan.vm, target, job, volume, dek, other, bytes: disk.bytes }.run(ctx)
+}
+
+fn switch(ctx: &mut Context, plan: &DecryptPlan) -> Result<Value, Halt> {
+    let apply = |xml: &mut DomainXml| apply(xml, plan);
+    let is_done = |xml: &DomainXml| is_done(xml, plan);
+    let names_new = |xml: &DomainXml| {
+        let named =
+            |path: &str| xml.disks().iter().any(|d| matches!(&d.source, DiskSource::File(p) if p == path));
+        plan.disks.iter().any(|disk| named(&disk.clear))
+    };
+    let switch = Switch {
+        domain: plan.domain,
+        name: &plan.name,
+        new: None,
+        apply: &apply,
+        is_done: &is_done,
+        names_new: &names_new,
+    };
+    switch.run(ctx)?;
+    Ok(json!({}))
+}
+
+fn apply(xml: &mut DomainXml, plan: &DecryptPlan) -> Result<(), Refusal> {
+    for disk in &plan.disks {
+        let ours = disk.disk.to_string();
+        match xml.disk(&disk.target).map(|d| d.source) {
+            Some(DiskSource::NbdUnix { export, .. }) if export == ours => {
+                xml.clear_disk(&disk.target, &disk.clear, disk.format)?;
+            }
+            Some(DiskSource::File(path)) if path == disk.clear => {}
+            _ => {
+                let text = format!("disk {} of {} was redefined meanwhile", disk.target, plan.name);
+                return Err(Refusal::new(Code::Conflict, text).hint("try again"));
+            }
+        }
+    }
+    let Some(metadata) = xml.metadata()? else { return Ok(()) };
+    let gone = |target: &str| plan.disks.iter().any(|d| d.target == target);
+    let disks: Vec<_> = metadata.disks.into_iter().filter(|d| !gone(&d.target)).collect();
+    if disks.is_empty() {
+        xml.remove_metadata();
+    } else {
+        xml.set_metadata(&VmMetadata { disks, ..metadata });
+    }
+    Ok(())
+}
+
+fn is_done(xml: &DomainXml, plan: &DecryptPlan) -> bool {
+    let Ok(metadata) = xml.metadata() else { return false };
+    let left = metadata.map(|m| m.disks).unwrap_or_default();
+    plan.disks.iter().all(|disk| {
+        let there = xml.disk(&disk.target);
+        there.is_some_and(|d| d.source == DiskSource::File(disk.clear.clone()))
+            && left.iter().all(|d| d.target != disk.target)
+    })
+}
+
+/// The record is retired, the volume meets its fate. What cannot be done is told, not failed: the VM is clear.
+fn source_gone(ctx: &mut Context, plan: &DecryptPlan, disk: &ClearDisk) -> Result<Option<String>, Halt> {
+    let left = |why: Refusal| {
+        Some(format!(
+            "the volume {} is still there ({}): rm {}",
+            disk.volume,
+            why.message,
+            shell(&disk.volume)
+        ))
+    };
+    if let Err(error) = ctx.world.store.retire_disk(plan.vm, disk.disk) {
+        return Ok(left(error.into()));
+    }
+    let done = match plan.fate {
+        SourceFate::Keep => wipe::keep(&disk.volume, &disk.identity).map_err(Halt::from),
+        SourceFate::Wipe => wipe::wipe_volume(ctx, &disk.volume, disk.header.as_deref(), &disk.identity),
+    };
+    match (done, plan.fate) {
+        (Ok(()), SourceFate::Keep) => Ok(Some(format!("the volume is kept: {}", disk.volume))),
+        (Ok(()), SourceFate::Wipe) => Ok(None),
+        (Err(Halt::Failed(why)), _) => Ok(left(why)),
+        (Err(halt), _) => Err(halt),
+    }
+}
+
+/// Undoes everything: clear files are overwritten and deleted, volumes were only read. Gives what could not be undone.
+pub(crate) fn roll_back(ctx: &mut Context, plan: &DecryptPlan) -> Result<Vec<String>, Halt> {
+    let mut left = Vec::new();
+    for disk in &plan.disks {
+        ctx.reach("rolling-back", "begin")?;
+        // Without data yet: it gets its name before the first byte.
+        let unfinished = disk.unfinished(ctx.command.task);
+        left.extend(wipe::delete(&unfinished.to_string_lossy()).err().map(|r| r.message));
+        let created: Option<Identity> = ctx.data(&disk.target, "created");
+        let there = std::fs::symlink_metadata(&disk.clear).ok().map(|m| Identity::of(&m));
+        if let (Some(created), Some(there)) = (created, there)
+            && created.same_file(&there)
+        {
+            match wipe::wipe(ctx, &disk.clear, &created) {
+                Err(Halt::Failed(why)) => left.push(why.message),
+                other => other?,
+            }
+        }
+        ctx.reach("rolling-back", "after")?;
+    }
+    Ok(left)
+}

@@ -1,0 +1,273 @@
+//! Everything a task is refused for before it does anything: the VM's state, its disks, their images.
+//!
+//! Definitions and files in; a domain that can be worked on, or a refusal with its code and the way out. Changes
+//! nothing.
+
+use vmseal_keys::random_bytes;
+use vmseal_model::{
+    id::{DomainUuid, VmId},
+    metadata::VmMetadata,
+    refusal::Code,
+    state::{InnerFormat, VmState},
+};
+
+use crate::{
+    domain_xml::{DiskDevice, DiskSource, DiskView, DomainXml},
+    ports::{Definition, DomainInfo, HypervisorError},
+    tasks::{
+        context::World,
+        image::{Image, Uses, shell},
+        qcow2::Qcow2Header,
+        refusal::{Refusal, io_refusal},
+    },
+};
+
+/// Most bytes a volume presents: 2^44 units of 512 bytes under one key (IEEE Std 1619 allows no more blocks).
+const MAX_PRESENTED: u64 = 1 << 53;
+
+/// A domain that is off and has nothing that would bring an older disk back.
+pub(crate) struct Idle {
+    pub(crate) info: DomainInfo,
+    pub(crate) xml: DomainXml,
+}
+
+/// Looks at the domain.
+pub(crate) fn idle_domain(world: &World, domain: DomainUuid) -> Result<Idle, Refusal> {
+    let hv = &world.hypervisor;
+    let info = hv.domain(domain)?;
+    let name = &info.name;
+    let shell_name = shell(name);
+    if !info.persistent {
+        return Err(Refusal::new(
+            Code::VmTransient,
+            format!("{name} is transient: it has no definition that stays"),
+        )
+        .hint(format!(
+            "virsh dumpxml {shell_name} > vm.xml; virsh define vm.xml; virsh shutdown {shell_name}"
+        )));
+    }
+    check_off(&info)?;
+    if info.state == VmState::Saved || hv.has_managed_save(domain)? {
+        return Err(Refusal::new(
+            Code::VmHasSavedImage,
+            format!("{name} has a saved image, which names its old disks"),
+        )
+        .hint(format!(
+            "virsh start {shell_name} and then virsh shutdown {shell_name}, or throw the image away: virsh \
+                 managedsave-remove {shell_name}"
+        )));
+    }
+    let snapshots = hv.snapshots(domain)?;
+    if snapshots > 0 {
+        let text = format!(
+            "{name} has {snapshots} snapshots or checkpoints; a revert would bring its old disks back"
+        );
+        return Err(Refusal::new(Code::VmHasSnapshots, text).hint(format!(
+            "virsh snapshot-list {shell_name}; virsh checkpoint-list {shell_name}; delete each: virsh snapshot-delete \
+             {shell_name} NAME, virsh checkpoint-delete {shell_name} NAME"
+        )));
+    }
+    let xml = DomainXml::parse(&hv.xml(domain, Definition::Persistent)?)?;
+    Ok(Idle { info, xml })
+}
+
+/// It must be off.
+pub(crate) fn check_off(info: &DomainInfo) -> Result<(), Refusal> {
+    match info.state {
+        VmState::Off | VmState::Saved | VmState::Locked => Ok(()),
+        state => Err(Refusal::new(Code::VmRunning, format!("{} is {}", info.name, state.as_str()))
+            .hint(format!("virsh shutdown {}", shell(&info.name)))),
+    }
+}
+
+/// Our id of a VM: as its metadata and the agent's store say, or a new one. The two must agree.
+pub(crate) fn vm_id(world: &World, domain: DomainUuid, xml: &DomainXml, name: &str) -> Result<VmId, Refusal> {
+    let bound = world.store.vm_of_domain(domain);
+    let adopt =
+        |why: String| Refusal::new(Code::UnknownVm, why).hint(format!("vmseal vm adopt {}", shell(name)));
+    match xml.metadata()? {
+        Some(metadata) if metadata.domain != domain => Err(adopt(format!(
+            "{name} carries the vmseal metadata of another domain ({}): a copy?",
+            metadata.domain
+        ))),
+        Some(metadata) => match bound {
+            Some(bound) if bound != metadata.vm => {
+                Err(adopt(format!("{name} says it is VM {}, this host knows it as {bound}", metadata.vm)))
+            }
+            _ => Ok(metadata.vm),
+        },
+        None => match bound {
+            Some(bound) => Ok(bound),
+            None => Ok(VmId::from_random(random_bytes()?)),
+        },
+    }
+}
+
+/// Targets named twice, or not there, are refused.
+pub(crate) fn check_targets(xml: &DomainXml, targets: &[String], name: &str) -> Result<(), Refusal> {
+    let there: Vec<_> = xml.disks().into_iter().map(|d| d.target).collect();
+    for (i, target) in targets.iter().enumerate() {
+        if targets[..i].contains(target) {
+            return Err(Refusal::new(Code::BadRequest, format!("disk {target} is named twice")));
+        }
+        if !there.contains(target) {
+            let text = format!("{name} has no disk {}; it has: {}", target.escape_debug(), there.join(", "));
+            return Err(Refusal::new(Code::NotFound, text));
+        }
+    }
+    Ok(())
+}
+
+/// Whether a disk is one of ours.
+pub(crate) fn is_encrypted(disk: &DiskView, metadata: Option<&VmMetadata>) -> bool {
+    let DiskSource::NbdUnix { export, .. } = &disk.source else { return false };
+    metadata.is_some_and(|m| m.disks.iter().any(|d| d.target == disk.target && d.disk.to_string() == *export))
+}
+
+/// Everything about a disk's definition that keeps it from being encrypted; gives the image's path and format.
+pub(crate) fn clear_image(disk: &DiskView) -> Result<(String, InnerFormat), Refusal> {
+    let unsupported = |what: &str| Refusal::new(Code::UnsupportedDisk, what.to_owned());
+    match disk.device {
+        DiskDevice::Disk => {}
+        DiskDevice::Cdrom | DiskDevice::Floppy => return Err(unsupported("it is a removable medium")),
+        DiskDevice::Lun => return Err(unsupported("it is a passed-through SCSI device")),
+    }
+    if disk.shareable {
+        return Err(unsupported("it is shareable: other VMs may write it too")
+            .hint("take <shareable/> out of its definition if it is not shared any more"));
+    }
+    if disk.transient {
+        return Err(unsupported("it is transient: what is written to it is thrown away"));
+    }
+    if disk.encryption {
+        return Err(unsupported("libvirt encrypts it already (<encryption>)")
+            .hint("convert it to a clear image first: qemu-img convert"));
+    }
+    if let Some(special) = disk.special {
+        return Err(unsupported(&format!("its source has <{special}>, which a network disk cannot have")));
+    }
+    if disk.backing {
+        return Err(backing_chain(None, ""));
+    }
+    let path = match &disk.source {
+        DiskSource::File(path) => path.clone(),
+        DiskSource::Block(device) => {
+            return Err(unsupported(&format!(
+                "it is the block device {device}; this version encrypts image files only"
+            )));
+        }
+        DiskSource::NbdUnix { socket, .. } => {
+            return Err(unsupported(&format!("it is served on {socket}, and not by vmseal")));
+        }
+        DiskSource::None => return Err(unsupported("it has no source")),
+        DiskSource::Other(kind) => return Err(unsupported(&format!("its source is '{kind}'"))),
+    };
+    // Without a type libvirt takes an image as raw: it never probes.
+    let format = disk.format.as_deref().unwrap_or("raw");
+    let format = InnerFormat::from_libvirt(format).ok_or_else(|| {
+        unsupported(&format!("its format is {format}; raw and qcow2 are supported"))
+            .hint(format!("qemu-img convert -O qcow2 {} NEW.qcow2", shell(&path)))
+    })?;
+    Ok((path, format))
+}
+
+/// Bytes a volume of this image stores and presents.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Sizes {
+    pub(crate) stored: u64,
+    pub(crate) presented: u64,
+}
+
+/// Everything within an image that keeps it from being encrypted.
+pub(crate) fn check_image(
+    image: &Image,
+    path: &str,
+    format: InnerFormat,
+    declared: bool,
+    unit: u64,
+) -> Result<Sizes, Refusal> {
+    let too_big =
+        || Refusal::new(Code::UnsupportedDisk, format!("{path} is larger than one key may encrypt"));
+    let stored = image.identity.bytes.checked_next_multiple_of(unit).ok_or_else(too_big)?;
+    let header =
+        Qcow2Header::read(&image.file).map_err(|e| io_refusal("read", std::path::Path::new(path), &e))?;
+    if image.identity.bytes == 0 {
+        return Err(Refusal::new(Code::UnsupportedDisk, format!("{path} is empty")));
+    }
+    let sizes = match (format, header) {
+        (InnerFormat::Raw, Some(_)) if !declared => {
+            let text = format!("{path} is a qcow2 image, and its definition does not say so");
+            return Err(Refusal::new(Code::UnsupportedDisk, text)
+                .hint("put <driver name='qemu' type='qcow2'/> into its definition"));
+        }
+        (InnerFormat::Raw, _) => Sizes { stored, presented: stored },
+        (InnerFormat::Qcow2, None) => {
+            return Err(Refusal::new(
+                Code::UnsupportedDisk,
+                format!("{path} is no qcow2 image, as its definition says"),
+            ));
+        }
+        (InnerFormat::Qcow2, Some(header)) => {
+            check_qcow2(&header, path)?;
+            Sizes { stored, presented: header.presented(stored).ok_or_else(too_big)? }
+        }
+    };
+    if sizes.presented > MAX_PRESENTED { Err(too_big()) } else { Ok(sizes) }
+}
+
+fn check_qcow2(header: &Qcow2Header, path: &str) -> Result<(), Refusal> {
+    let unsupported = |what: &str| Refusal::new(Code::UnsupportedDisk, format!("{path} {what}"));
+    let quoted = shell(path);
+    if let Some(backing) = &header.backing {
+        return Err(backing_chain(Some(backing), path));
+    }
+    if header.external_data {
+        return Err(unsupported("keeps its data in another file")
+            .hint(format!("qemu-img convert -O qcow2 {quoted} NEW.qcow2")));
+    }
+    if header.crypt_method != 0 {
+        return Err(unsupported("is encrypted by QEMU already")
+            .hint("convert it to a clear image first: qemu-img convert"));
+    }
+    if header.corrupt || header.dirty {
+        return Err(
+            unsupported("is marked as damaged or not closed").hint(format!("qemu-img check -r all {quoted}"))
+        );
+    }
+    if header.unknown_bits != 0 {
+        return Err(unsupported("uses qcow2 features this version does not know"));
+    }
+    Ok(())
+}
+
+fn backing_chain(backing: Option<&str>, path: &str) -> Refusal {
+    let on = backing.map_or(String::new(), |b| format!(" ({})", b.escape_debug()));
+    let refusal = Refusal::new(
+        Code::BackingChain,
+        format!("it is an overlay on another image{on}, which would stay clear"),
+    );
+    if path.is_empty() {
+        refusal.hint("make it one image: virsh blockpull, or qemu-img rebase -b '' IMAGE")
+    } else {
+        refusal.hint(format!("make it one image: qemu-img rebase -b '' {}", shell(path)))
+    }
+}
+
+/// Nobody but this disk uses the image.
+pub(crate) fn check_unshared(
+    uses: &Uses,
+    path: &str,
+    image: &Image,
+    own: (DomainUuid, &str),
+) -> Result<(), Refusal> {
+    match uses.other(path, Some(&image.identity), Some(own)) {
+        None => Ok(()),
+        Some(other) => Err(Refusal::new(Code::ImageShared, format!("{path} is used by {other} too"))
+            .hint("give each disk an image of its own: cp --sparse=always, or virt-clone")),
+    }
+}
+
+/// All uses of files, or why they are not known.
+pub(crate) fn uses(world: &World) -> Result<Uses, HypervisorError> {
+    Uses::collect(&*world.hypervisor, &world.store)
+}

@@ -1,0 +1,171 @@
+//! The one step that counts: a domain's definition comes to name the new files, all disks at once.
+//!
+//! What to change and how to see that it is changed in; done, or certainly not done, out. Where nobody can say, it
+//! waits: before this step everything can be undone, after it nothing must be.
+
+use vmseal_model::{id::DomainUuid, refusal::Code};
+
+use crate::{
+    domain_xml::DomainXml,
+    ports::{Definition, HypervisorError},
+    tasks::{
+        context::Context,
+        refusal::{Halt, Refusal},
+        refuse::check_off,
+    },
+};
+
+/// A change to a definition.
+pub(crate) struct Switch<'a> {
+    pub(crate) domain: DomainUuid,
+    pub(crate) name: &'a str,
+    /// The definition of a domain that is not there yet.
+    pub(crate) new: Option<&'a DomainXml>,
+    /// Changes it; refuses if it is not as it was planned.
+    pub(crate) apply: &'a dyn Fn(&mut DomainXml) -> Result<(), Refusal>,
+    /// Whether it is changed, wholly.
+    pub(crate) is_done: &'a dyn Fn(&DomainXml) -> bool,
+    /// Whether it names any of the new files.
+    pub(crate) names_new: &'a dyn Fn(&DomainXml) -> bool,
+}
+
+/// What libvirt has.
+enum Now {
+    Domain(Box<DomainXml>),
+    Nothing,
+    Unknown(Refusal),
+}
+
+impl Switch<'_> {
+    /// Defines the domain and reads it back.
+    ///
+    /// # Errors
+    ///
+    /// [`Halt::Failed`] or [`Halt::Cancelled`]: nothing was changed. [`Halt::Suspended`]: it is not known, or libvirt has
+    /// something else.
+    pub(crate) fn run(&self, ctx: &mut Context) -> Result<(), Halt> {
+        let why = match self.attempt(ctx) {
+            Err(Halt::Failed(why)) => why,
+            Err(Halt::Cancelled) => {
+                Refusal::new(Code::Conflict, "cancelled while the definition was half changed")
+            }
+            done => return done,
+        };
+        // Whatever undoing would delete must not be what the definition names.
+        match self.now(ctx) {
+            Now::Nothing => Err(Halt::Failed(why)),
+            Now::Domain(xml) if !(self.names_new)(&xml) => {
+                ctx.check_wanted()?;
+                Err(Halt::Failed(why))
+            }
+            Now::Domain(_) => Err(Halt::Suspended(why)),
+            Now::Unknown(unknown) => Err(Halt::Suspended(unknown)),
+        }
+    }
+
+    fn attempt(&self, ctx: &mut Context) -> Result<(), Halt> {
+        // An answer to a define that was lost: nothing may be undone before the definition was read.
+        let mut uncertain = false;
+        loop {
+            let current = match self.now(ctx) {
+                Now::Domain(xml) if (self.is_done)(&xml) => return Ok(()),
+                Now::Domain(xml) => Some(xml),
+                Now::Nothing if self.new.is_some() => None,
+                Now::Nothing => {
+                    let text = format!("{} is not defined any more", self.name);
+                    return Err(Refusal::new(Code::Conflict, text).into());
+                }
+                Now::Unknown(why) => {
+                    self.wait(ctx, &why, uncertain)?;
+                    continue;
+                }
+            };
+            if !uncertain {
+                ctx.check_wanted()?;
+            }
+            if let (Some(_), Some(new)) = (&current, self.new) {
+                return Err(self.taken(new));
+            }
+            if current.is_some() {
+                match ctx.world.hypervisor.domain(self.domain) {
+                    Ok(info) => check_off(&info)?,
+                    Err(error) => {
+                        self.wait(ctx, &error.into(), uncertain)?;
+                        continue;
+                    }
+                }
+            }
+            let old = current.as_ref().map(|xml| xml.to_xml());
+            let Some(mut xml) = current.map(|xml| *xml).or_else(|| self.new.cloned()) else { continue };
+            (self.apply)(&mut xml)?;
+            match ctx.world.hypervisor.define(&xml.to_xml()) {
+                Ok(_) => return self.read_back(ctx, old.as_deref()),
+                Err(error @ HypervisorError::Unreachable { .. }) => {
+                    uncertain = true;
+                    self.wait(ctx, &error.into(), uncertain)?;
+                }
+                Err(error) => {
+                    // It may have refused after it had taken it, in an old version perhaps: look.
+                    return match self.now(ctx) {
+                        Now::Domain(xml) if (self.is_done)(&xml) => Ok(()),
+                        Now::Domain(_) | Now::Nothing => Err(Refusal::from(error).into()),
+                        Now::Unknown(why) => Err(Halt::Suspended(why)),
+                    };
+                }
+            }
+        }
+    }
+
+    fn read_back(&self, ctx: &mut Context, old: Option<&str>) -> Result<(), Halt> {
+        let unlike = Refusal::new(
+            Code::Failed,
+            format!("libvirt took the definition of {} and reads it back otherwise", self.name),
+        );
+        match self.now(ctx) {
+            Now::Domain(xml) if (self.is_done)(&xml) => Ok(()),
+            Now::Unknown(why) => Err(Halt::Suspended(why)),
+            // Back to what it was, and certain of it, before anything is undone.
+            Now::Domain(_) | Now::Nothing => match old {
+                Some(old) if ctx.world.hypervisor.define(old).is_ok() && self.is_as(ctx, old) => {
+                    Err(Halt::Failed(unlike))
+                }
+                _ => Err(Halt::Suspended(unlike.hint(format!("look at: virsh dumpxml {}", self.name)))),
+            },
+        }
+    }
+
+    /// Whether the disks are as in that definition.
+    fn is_as(&self, ctx: &Context, old: &str) -> bool {
+        match (self.now(ctx), DomainXml::parse(old)) {
+            (Now::Domain(now), Ok(old)) => now.disks() == old.disks(),
+            _ => false,
+        }
+    }
+
+    fn now(&self, ctx: &Context) -> Now {
+        match ctx.world.hypervisor.xml(self.domain, Definition::Persistent) {
+            Ok(xml) => match DomainXml::parse(&xml) {
+                Ok(xml) => Now::Domain(Box::new(xml)),
+                Err(error) => Now::Unknown(error.into()),
+            },
+            Err(HypervisorError::NoDomain { .. }) => Now::Nothing,
+            Err(error) => Now::Unknown(error.into()),
+        }
+    }
+
+    fn taken(&self, new: &DomainXml) -> Halt {
+        let name = new.name().unwrap_or(self.name);
+        Refusal::new(Code::Exists, format!("a domain with the UUID of {name} was defined meanwhile")).into()
+    }
+
+    fn wait(&self, ctx: &mut Context, why: &Refusal, uncertain: bool) -> Result<(), Halt> {
+        ctx.say_waiting(why);
+        if uncertain {
+            ctx.control.pause_unless_stopped(ctx.world.patience);
+            if ctx.control.is_stopped() { Err(Halt::Stopped) } else { Ok(()) }
+        } else {
+            ctx.control.pause(ctx.world.patience);
+            ctx.check_wanted()
+        }
+    }
+}

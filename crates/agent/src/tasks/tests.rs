@@ -1,0 +1,6 @@
+//! Tasks on real files with real keys, headers and jobs; see `lab`.
+
+mod crashes;
+mod lab;
+mod refusals;
+mod whole;
