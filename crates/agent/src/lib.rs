@@ -4,7 +4,9 @@
 //! Blocking code on threads; only `session` and `join` know tokio. Binaries: `vmseal-agent`, and `vmseal-hook`,
 //! which libvirt runs and which uses nothing of this library but the frames of `vmseal-model`.
 
+pub mod accounts;
 pub mod causes;
+pub mod choice;
 pub mod clock;
 pub mod config;
 pub mod control_frame;
@@ -24,6 +26,7 @@ pub mod ports;
 #[cfg(test)]
 pub(crate) mod scratch;
 pub mod session;
+pub mod socket_dir;
 pub mod spawn;
 pub mod store;
 pub mod tasks;
