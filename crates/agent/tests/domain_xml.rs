@@ -310,3 +310,54 @@ fn hostile_documents_are_refused() {
     let two = include_str!("data/virt-install-two-steps.xml");
     assert!(DomainXml::parse(two).unwrap_err().to_string().contains("--print-step"));
 }
+
+/// The text through libvirt itself: its parser, its writer, its schema.
+fn through_libvirt(xml: &DomainXml, dir: &std::path::Path) -> DomainXml {
+    let file = dir.join("domain.xml");
+    std::fs::write(&file, xml.to_xml()).unwrap();
+    let valid = std::process::Command::new("virt-xml-validate").arg(&file).arg("domain").output();
+    let valid = valid.expect("libvirt-clients is installed");
+    assert!(valid.status.success(), "{}", String::from_utf8_lossy(&valid.stderr));
+    let script = format!("define {}; dumpxml {} --inactive", file.display(), xml.name().unwrap());
+    let shown =
+        std::process::Command::new("virsh").args(["-q", "-c", "test:///default", &script]).output().unwrap();
+    assert!(shown.status.success(), "{}", String::from_utf8_lossy(&shown.stderr));
+    let text = String::from_utf8(shown.stdout).unwrap();
+    let text = text.find("<domain").map(|at| text[at..].trim()).unwrap_or(&text);
+    DomainXml::parse(text).unwrap()
+}
+
+#[test]
+fn libvirt_takes_what_we_write_and_gives_it_back() {
+    let dir = std::path::PathBuf::from(env!("CARGO_TARGET_TMPDIR")).join("libvirt-round-trip");
+    std::fs::create_dir_all(&dir).unwrap();
+    for (sample, target) in [(SAMPLES[1], "hda"), (SAMPLES[2], "sda"), (SAMPLES[3], "hda")] {
+        let mut xml = DomainXml::parse(sample).unwrap();
+        xml.encrypt_disk(target, &source()).unwrap();
+        xml.add_encrypted_disk("vdx", &source()).unwrap();
+        xml.set_metadata(&metadata());
+        let mut read = through_libvirt(&xml, &dir);
+        assert_eq!(read.metadata().unwrap(), Some(metadata()));
+        for target in [target, "vdx"] {
+            let disk = read.disk(target).unwrap();
+            let export = source().disk.to_string();
+            assert_eq!(disk.source, DiskSource::NbdUnix { socket: source().socket, export });
+            let element = disk_element(&read, target);
+            assert_eq!(
+                element.child("source").unwrap().child("reconnect").unwrap().get("delay"),
+                Some("600")
+            );
+            let driver = element.child("driver").unwrap();
+            assert_eq!(
+                (driver.get("error_policy"), driver.get("rerror_policy")),
+                (Some("stop"), Some("stop"))
+            );
+        }
+        read.clear_disk(target, "/x/web'01 & more.img", InnerFormat::Raw).unwrap();
+        read.remove_metadata();
+        let cleared = through_libvirt(&read, &dir);
+        assert_eq!(cleared.disk(target).unwrap().source, DiskSource::File("/x/web'01 & more.img".into()));
+        assert!(!cleared.has_metadata());
+    }
+    std::fs::remove_dir_all(&dir).unwrap();
+}
