@@ -167,7 +167,9 @@ fn running_volume_is_closed_to_everybody_else() {
     let mut console = house.boot(&guest);
     let volume = volume(&guest, 0);
 
-    let image = shell::run(shell::tool("qemu-img").args(["info"]).arg(&volume));
+    // `qemu-img info` takes no lock on a raw file; whatever reads or writes data does.
+    let copy = house.lab.state.join("stolen.img");
+    let image = shell::run(shell::tool("qemu-img").args(["convert", "-O", "raw"]).arg(&volume).arg(&copy));
     assert!(!image.ok() && image.stderr.contains("lock"), "{}", image.all());
 
     // A second VM on the same volume: the definition copied under another name and UUID.
