@@ -142,8 +142,7 @@ fn old_epoch_is_refused_though_its_record_verifies() {
     house.define(&guest);
     house.must_vmseal(&["vm", "encrypt", "old"]);
     // Whoever saw a newer record remembers: here the server's floor, one above what the host has.
-    let disk =
-        house.json(&["vm", "show", "old"])["disks"][0]["id"].as_str().expect("a disk id").to_owned();
+    let disk = house.json(&["vm", "show", "old"])["disks"][0]["id"].as_str().expect("a disk id").to_owned();
     raise_floor(&house, &disk);
     refused(&house, &guest, &["older", "vda"]);
 }
