@@ -5,6 +5,7 @@
 //! which libvirt runs and which uses nothing of this library but the frames of `vmseal-model`.
 
 pub mod accounts;
+pub mod backend;
 pub mod causes;
 pub mod choice;
 pub mod clock;
@@ -28,6 +29,7 @@ pub(crate) mod scratch;
 pub mod session;
 pub mod socket_dir;
 pub mod spawn;
+pub mod start;
 pub mod store;
 pub mod tasks;
 pub mod uplink;

@@ -1,0 +1,502 @@
+//! The processes that serve the disks of VMs: started with open volumes and keys, asked, ended, and watched.
+//!
+//! Locked files and keys in; sockets that QEMU can use out. A keeper lives in a session of its own and needs the agent
+//! for nothing; an agent that comes back takes it on again. Which VM should have one is decided elsewhere; one that
+//! ends though nobody asked is reported. What is done to one VM is done in order.
+
+mod process;
+
+use std::{
+    collections::HashMap,
+    fs::{self, DirBuilder, File, OpenOptions},
+    io,
+    os::{
+        fd::{AsFd, BorrowedFd},
+        unix::{
+            fs::{DirBuilderExt, OpenOptionsExt},
+            net::UnixStream,
+        },
+    },
+    path::{Path, PathBuf},
+    process::{Child, Stdio},
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicU64, Ordering},
+        mpsc,
+    },
+    thread,
+    time::{Duration, Instant},
+};
+
+use vmseal_keys::{Dek, SecretError, SecretShare};
+use vmseal_luks::OwnerBlock;
+use vmseal_model::{
+    control::{CONTROL_VERSION, ControlReply, ControlRequest, DiskStatus, KEY_SLOT_BYTES, Setup},
+    id::DomainUuid,
+    refusal::Code,
+};
+
+use self::process::Process;
+use crate::{
+    accounts,
+    causes::causes,
+    config::AgentConfig,
+    control_frame::{self, FrameError},
+    lock::{Claim, claim, claim_header},
+    socket_dir::{self, Owner, SocketDirError},
+    spawn::{Lifetime, ServiceUser, SpawnError, spawn},
+    start::plan::Plan,
+    tasks::Refusal,
+    volume::{OpenVolume, open_regular},
+};
+
+/// How long a new process may take to be ready.
+const READY: Duration = Duration::from_secs(4);
+/// How long a question may take.
+const ANSWER: Duration = Duration::from_secs(2);
+/// How long an end may take before it is enforced.
+const END: Duration = Duration::from_secs(5);
+/// Keeps the kernel from ending a disk process before the VMs it serves.
+const OOM_SCORE: &str = "-900";
+
+/// A keeper ended though nobody asked it to.
+#[derive(Debug, Clone)]
+pub struct BackendLost {
+    /// What it served.
+    pub plan: Arc<Plan>,
+}
+
+/// Why there is no backend.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum BackendError {
+    /// One is there and has a client.
+    #[error("its disks are still being served: {reason}")]
+    InUse {
+        /// In the disk process's words.
+        reason: String,
+    },
+    /// One is there and says nothing.
+    #[error("the disk process of the VM does not answer")]
+    Silent(#[source] FrameError),
+    /// Directory or sockets.
+    #[error(transparent)]
+    Sockets(#[from] SocketDirError),
+    /// The program.
+    #[error(transparent)]
+    Spawn(#[from] SpawnError),
+    /// A file.
+    #[error("cannot {action} {}", path.display())]
+    Io {
+        /// What was tried.
+        action: &'static str,
+        /// On which.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+    /// Secret memory.
+    #[error("there is no memory for the keys")]
+    Memory(#[from] SecretError),
+    /// It did not take its setup.
+    #[error("the disk process did not take its setup; see {}", log.display())]
+    NotTaken {
+        /// Its log.
+        log: PathBuf,
+        /// Why.
+        source: FrameError,
+    },
+    /// It took it and says no.
+    #[error("the disk process refused: {reason}")]
+    Refused {
+        /// In its words.
+        reason: String,
+    },
+    /// Another VM's.
+    #[error("the disk process on the VM's socket serves another VM or other disks")]
+    OtherVm,
+}
+
+impl From<BackendError> for Refusal {
+    fn from(error: BackendError) -> Self {
+        let code = match &error {
+            BackendError::InUse { .. } => Code::VolumeInUse,
+            BackendError::Refused { .. } => Code::Failed,
+            BackendError::OtherVm => Code::Conflict,
+            _ => Code::HostNotReady,
+        };
+        Self::new(code, causes(&error))
+    }
+}
+
+/// All disk processes of the host.
+pub struct Backends {
+    config: Arc<AgentConfig>,
+    slots: Mutex<HashMap<DomainUuid, Arc<Slot>>>,
+    generations: AtomicU64,
+    lost: mpsc::Sender<BackendLost>,
+}
+
+/// One VM's place. Its lock is held while something is done to the VM's process.
+#[derive(Default)]
+struct Slot {
+    keeper: Mutex<Option<Keeper>>,
+}
+
+struct Keeper {
+    generation: u64,
+    process: Arc<Process>,
+    plan: Arc<Plan>,
+    since: Instant,
+}
+
+impl Backends {
+    /// No processes yet; `lost` hears of those that end by themselves.
+    pub fn new(config: Arc<AgentConfig>, lost: mpsc::Sender<BackendLost>) -> Self {
+        Self { config, slots: Mutex::default(), generations: AtomicU64::new(0), lost }
+    }
+
+    /// Starts the process for `plan` and waits until it is ready. A process that is there already and has no client is
+    /// ended first. `open` gives the volumes and keys in the plan's order; it runs when nothing of ours holds them.
+    ///
+    /// # Errors
+    ///
+    /// What `open` said, or [`BackendError`]: nothing is left behind then.
+    pub fn start<E: From<BackendError>>(
+        &self,
+        plan: Plan,
+        open: impl FnOnce() -> Result<Vec<(OpenVolume, Dek)>, E>,
+    ) -> Result<(), E> {
+        let slot = self.slot(plan.domain);
+        let mut keeper = lock(&slot.keeper);
+        // One that an earlier agent started is known by its socket only.
+        if keeper.is_none()
+            && let Some((process, _)) = self.find(&plan)?
+        {
+            *keeper = Some(self.watch(plan.clone(), process, None, &slot));
+        }
+        if let Some(old) = keeper.take() {
+            match self.end(&old, false) {
+                Ok(()) => {}
+                Err(error) => {
+                    *keeper = Some(old);
+                    return Err(error.into());
+                }
+            }
+        }
+        let volumes = open()?;
+        match self.launch(&plan, &volumes) {
+            Ok((process, child)) => {
+                *keeper = Some(self.watch(plan, process, Some(child), &slot));
+                Ok(())
+            }
+            Err(error) => {
+                self.remove_sockets(plan.domain);
+                Err(error.into())
+            }
+        }
+    }
+
+    /// Ends the process of a domain, its client cut off; its keys and sockets are gone after that. One that never was
+    /// is ended already.
+    pub fn stop(&self, domain: DomainUuid) {
+        let slot = self.slot(domain);
+        let mut keeper = lock(&slot.keeper);
+        match keeper.take() {
+            Some(old) => {
+                if let Err(error) = self.end(&old, true) {
+                    tracing::error!(%domain, "{}", causes(&error));
+                    *keeper = Some(old);
+                }
+            }
+            None => self.remove_sockets(domain),
+        }
+    }
+
+    /// Takes on a process that serves this plan already: true if there is one.
+    ///
+    /// # Errors
+    ///
+    /// [`BackendError::Silent`] if one is there and does not answer, [`BackendError::OtherVm`].
+    pub fn adopt(&self, plan: &Plan) -> Result<bool, BackendError> {
+        let slot = self.slot(plan.domain);
+        let mut keeper = lock(&slot.keeper);
+        if keeper.is_some() {
+            return Ok(true);
+        }
+        let Some((process, status)) = self.find(plan)? else { return Ok(false) };
+        let serves =
+            |disk: &crate::start::plan::PlannedDisk| status.disks.iter().any(|d| d.disk == disk.disk);
+        if status.vm != plan.vm || !plan.disks.iter().all(serves) {
+            return Err(BackendError::OtherVm);
+        }
+        tracing::info!(domain = %plan.domain, keeper = process.pid(), "took on the disk process of VM '{}'", plan.name);
+        *keeper = Some(self.watch(plan.clone(), process, None, &slot));
+        Ok(true)
+    }
+
+    /// How the process of a domain is; none if there is none, or it does not say.
+    pub fn status(&self, domain: DomainUuid) -> Option<DiskStatus> {
+        // Without the slot's lock: a start or an end that takes its time must not hold up an inventory.
+        match control_frame::ask(
+            &self.config.control_socket(domain),
+            &ControlRequest::Status,
+            Instant::now() + ANSWER,
+        ) {
+            Ok(ControlReply::Status(status)) => Some(status),
+            _ => None,
+        }
+    }
+
+    /// Domains with a process that was there before `moment`; younger ones may belong to a start in progress.
+    pub fn older_than(&self, moment: Instant) -> Vec<DomainUuid> {
+        let slots: Vec<_> =
+            lock(&self.slots).iter().map(|(domain, slot)| (*domain, Arc::clone(slot))).collect();
+        let old = |slot: &Slot| {
+            // A slot that is locked is being worked on, so it is not old.
+            slot.keeper.try_lock().is_ok_and(|k| k.as_ref().is_some_and(|keeper| keeper.since < moment))
+        };
+        slots.into_iter().filter(|(_, slot)| old(slot)).map(|(domain, _)| domain).collect()
+    }
+
+    /// Ends what lies in the run directory of a domain that has no plan: a process that an earlier agent left, or
+    /// only its sockets.
+    pub fn clear_out(&self, domain: DomainUuid) {
+        let slot = self.slot(domain);
+        let keeper = lock(&slot.keeper);
+        if keeper.is_some() {
+            drop(keeper);
+            return self.stop(domain);
+        }
+        if let Some(status) = self.status(domain) {
+            let ask = ControlRequest::Stop { force: true };
+            let _ = control_frame::ask(&self.config.control_socket(domain), &ask, Instant::now() + END);
+            if let Ok(process) = self.process(status.keeper_pid)
+                && !process.wait_for(END)
+            {
+                process.kill();
+            }
+            tracing::info!(%domain, "ended a disk process that no VM uses");
+        }
+        self.remove_sockets(domain);
+    }
+
+    /// The process behind the control socket of a plan's domain.
+    fn find(&self, plan: &Plan) -> Result<Option<(Process, DiskStatus)>, BackendError> {
+        let path = self.config.control_socket(plan.domain);
+        let status = match control_frame::ask(&path, &ControlRequest::Status, Instant::now() + ANSWER) {
+            Ok(ControlReply::Status(status)) => status,
+            // It says why it cannot serve, and ends.
+            Ok(_) => return Ok(None),
+            Err(FrameError::Io(e)) if nobody_there(&e) => return Ok(None),
+            Err(error) => return Err(BackendError::Silent(error)),
+        };
+        if status.domain != plan.domain {
+            return Err(BackendError::OtherVm);
+        }
+        // One that ended between its answer and now is none.
+        Ok(self.process(status.keeper_pid).ok().map(|process| (process, status)))
+    }
+
+    /// A keeper by the pid it told.
+    fn process(&self, pid: i32) -> io::Result<Process> {
+        let user = ServiceUser::find(&self.config.disk_user).ok().flatten();
+        // SAFETY: takes nothing and cannot fail.
+        let own = || unsafe { libc::geteuid() };
+        Process::open_of(pid, user.map_or_else(own, |user| user.uid))
+    }
+
+    fn launch(&self, plan: &Plan, volumes: &[(OpenVolume, Dek)]) -> Result<(Process, Child), BackendError> {
+        let user = self.user()?;
+        let owner = user.map(|user| Owner {
+            uid: user.uid,
+            gid: accounts::group(&self.config.qemu_group).unwrap_or(user.gid),
+        });
+        let mut keys = SecretShare::create(volumes.len() * KEY_SLOT_BYTES)?;
+        for (slot, (_, dek)) in keys.as_mut_slice().chunks_exact_mut(KEY_SLOT_BYTES).zip(volumes) {
+            slot[..Dek::LEN].copy_from_slice(dek.payload());
+        }
+        let targets: Vec<&str> = plan.disks.iter().map(|disk| disk.target.as_str()).collect();
+        let listeners = socket_dir::create(&self.config, plan.domain, &targets, owner)?;
+        let pid_files = socket_dir::open_dir(&self.config.libvirt_run_dir)?;
+        let (log, log_path) = self.open_log(plan.domain)?;
+
+        let io = |action, path: &Path| {
+            let path = path.to_owned();
+            move |source| BackendError::Io { action, path, source }
+        };
+        let program = self.config.disk_program();
+        let (setup, theirs) = UnixStream::pair().map_err(io("make a socket for", &program))?;
+        let mut child = spawn(&program, "keeper", theirs, user, Lifetime::Own, Stdio::from(log))?;
+        let process = match Process::open(child.id().cast_signed()) {
+            Ok(process) => process,
+            Err(source) => {
+                let _ = child.kill().and_then(|()| child.wait());
+                return Err(BackendError::Io { action: "watch", path: program, source });
+            }
+        };
+        let frame = Setup {
+            version: CONTROL_VERSION,
+            vm: plan.vm,
+            domain: plan.domain,
+            pid_file: format!("{}.pid", plan.name),
+            disks: volumes.iter().map(|(volume, _)| volume.setup.clone()).collect(),
+        };
+        let mut fds: Vec<BorrowedFd<'_>> = vec![keys.as_fd(), listeners.control.as_fd(), pid_files.as_fd()];
+        for ((volume, _), listener) in volumes.iter().zip(&listeners.disks) {
+            fds.push(volume.data.as_fd());
+            fds.extend(volume.header.as_ref().map(File::as_fd));
+            fds.push(listener.as_fd());
+        }
+        if accounts::is_root() {
+            // Less protection is no reason to have no disks.
+            let _ = fs::write(format!("/proc/{}/oom_score_adj", process.pid()), OOM_SCORE);
+        }
+        let handed_over = setup
+            .set_write_timeout(Some(READY))
+            .map_err(FrameError::from)
+            .and_then(|()| control_frame::send(&setup, &frame, &fds));
+        // Ours go now: if the process ends, whoever waits on its sockets must see that.
+        drop(fds);
+        drop((listeners, keys));
+        let ready = handed_over
+            .map_err(|source| BackendError::NotTaken { log: log_path.clone(), source })
+            .and_then(|()| self.wait_until_ready(plan, log_path));
+        if let Err(error) = ready {
+            process.kill();
+            let _ = child.wait();
+            return Err(error);
+        }
+        Ok((process, child))
+    }
+
+    fn wait_until_ready(&self, plan: &Plan, log: PathBuf) -> Result<(), BackendError> {
+        let path = self.config.control_socket(plan.domain);
+        match control_frame::ask(&path, &ControlRequest::Status, Instant::now() + READY) {
+            Ok(ControlReply::Status(status)) if status.domain == plan.domain && status.vm == plan.vm => {
+                Ok(())
+            }
+            Ok(ControlReply::Refused { message }) => Err(BackendError::Refused { reason: message }),
+            Ok(_) => Err(BackendError::OtherVm),
+            Err(source) => Err(BackendError::NotTaken { log, source }),
+        }
+    }
+
+    /// Ends a keeper; only with `force` while QEMU is connected.
+    fn end(&self, keeper: &Keeper, force: bool) -> Result<(), BackendError> {
+        let domain = keeper.plan.domain;
+        let ask = ControlRequest::Stop { force };
+        let answer = control_frame::ask(&self.config.control_socket(domain), &ask, Instant::now() + ANSWER);
+        match answer {
+            Ok(ControlReply::Refused { message }) if !force => {
+                return Err(BackendError::InUse { reason: message });
+            }
+            // Without an answer only an end that must be is enforced.
+            Err(error) if !force && !keeper.process.wait_for(Duration::ZERO) => {
+                return Err(BackendError::Silent(error));
+            }
+            _ => {}
+        }
+        if !keeper.process.wait_for(END) {
+            tracing::warn!(%domain, keeper = keeper.process.pid(), "the disk process did not end; killed it");
+            keeper.process.kill();
+            keeper.process.wait_for(END);
+        }
+        self.remove_sockets(domain);
+        release(&keeper.plan);
+        Ok(())
+    }
+
+    /// Has the end of a keeper waited for, and reported if nobody asked for it.
+    fn watch(&self, plan: Plan, process: Process, child: Option<Child>, slot: &Arc<Slot>) -> Keeper {
+        let generation = self.generations.fetch_add(1, Ordering::Relaxed);
+        let (plan, process) = (Arc::new(plan), Arc::new(process));
+        let keeper = Keeper {
+            generation,
+            process: Arc::clone(&process),
+            plan: Arc::clone(&plan),
+            since: Instant::now(),
+        };
+        let (slot, lost) = (Arc::clone(slot), self.lost.clone());
+        let wait = move || {
+            process.wait_until(None);
+            // Only our own child leaves something to be waited for.
+            let status = child.and_then(|mut child| child.wait().ok());
+            let mut keeper = lock(&slot.keeper);
+            if keeper.as_ref().is_some_and(|keeper| keeper.generation == generation) {
+                *keeper = None;
+                let how = status.map_or("ended".to_owned(), |status| format!("ended: {status}"));
+                tracing::error!(domain = %plan.domain, keeper = process.pid(), "the disk process of VM '{}' {how}", plan.name);
+                let _ = lost.send(BackendLost { plan });
+            }
+        };
+        if let Err(error) = thread::Builder::new().name("keeper-watch".to_owned()).spawn(wait) {
+            tracing::error!(domain = %keeper.plan.domain, "the disk process is not watched: {error}");
+        }
+        keeper
+    }
+
+    /// As whom disk processes run. Without the user they would run as root, which the doctor warns of and nobody wants.
+    fn user(&self) -> Result<Option<ServiceUser>, BackendError> {
+        match ServiceUser::find(&self.config.disk_user) {
+            Err(SpawnError::NoUser { name }) => {
+                tracing::warn!("there is no user {name}: the disk process runs as the agent's own");
+                Ok(None)
+            }
+            other => Ok(other?),
+        }
+    }
+
+    fn open_log(&self, domain: DomainUuid) -> Result<(File, PathBuf), BackendError> {
+        let dir = &self.config.log_dir;
+        let path = dir.join(format!("disk-{domain}.log"));
+        let io = |action, path: &Path| {
+            let path = path.to_owned();
+            move |source| BackendError::Io { action, path, source }
+        };
+        DirBuilder::new().recursive(true).mode(0o750).create(dir).map_err(io("make", dir))?;
+        let mut options = OpenOptions::new();
+        let file = options.append(true).create(true).mode(0o640).custom_flags(libc::O_NOFOLLOW).open(&path);
+        Ok((file.map_err(io("open", &path))?, path))
+    }
+
+    fn remove_sockets(&self, domain: DomainUuid) {
+        if let Err(error) = socket_dir::remove(&self.config, domain) {
+            tracing::warn!("{}", causes(&error));
+        }
+    }
+
+    fn slot(&self, domain: DomainUuid) -> Arc<Slot> {
+        Arc::clone(lock(&self.slots).entry(domain).or_default())
+    }
+}
+
+/// Writes into the owner blocks that nobody holds the volumes any more. Information only, so what fails is let be.
+fn release(plan: &Plan) {
+    for disk in plan.disks.iter().filter(|disk| !disk.read_only) {
+        let path = disk.header.as_deref().unwrap_or(&disk.source);
+        let Ok(file) = open_regular(path, true) else { continue };
+        // Whoever has the lock by now writes the block himself.
+        let free = match &disk.header {
+            Some(_) => claim_header(&file, false),
+            None => claim(&file, Claim::Volume),
+        };
+        if free.is_ok()
+            && let Ok(owner) = OwnerBlock::read(&file)
+        {
+            let _ = owner.released().write(&file);
+        }
+    }
+}
+
+fn nobody_there(error: &io::Error) -> bool {
+    use io::ErrorKind::{ConnectionRefused, ConnectionReset, NotADirectory, NotFound, UnexpectedEof};
+    matches!(error.kind(), NotFound | ConnectionRefused | ConnectionReset | UnexpectedEof | NotADirectory)
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+#[cfg(test)]
+mod tests;

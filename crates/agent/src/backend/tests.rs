@@ -1,0 +1,107 @@
+use std::os::unix::net::UnixListener;
+
+use vmseal_model::id::VmId;
+
+use super::*;
+use crate::scratch::Scratch;
+
+const DOMAIN: DomainUuid = DomainUuid::from_bytes([1; 16]);
+const VM: VmId = VmId::from_bytes([3; 16]);
+
+fn backends(scratch: &Scratch) -> Backends {
+    let config = AgentConfig {
+        run_dir: scratch.path().join("run"),
+        disk_user: String::new(),
+        ..AgentConfig::default()
+    };
+    Backends::new(Arc::new(config), mpsc::channel().0)
+}
+
+fn plan() -> Plan {
+    Plan { domain: DOMAIN, name: "web01".into(), vm: VM, bound: true, disks: Vec::new() }
+}
+
+/// Answers one question on the VM's control socket with a status whose keeper is this test's child.
+fn answer_once(backends: &Backends, vm: VmId, keeper_pid: i32) -> thread::JoinHandle<()> {
+    fs::create_dir_all(backends.config.vm_dir(DOMAIN)).unwrap();
+    let listener = UnixListener::bind(backends.config.control_socket(DOMAIN)).unwrap();
+    let status = DiskStatus {
+        vm,
+        domain: DOMAIN,
+        version: "0".into(),
+        worker_pid: 0,
+        keeper_pid,
+        secret_memory: "mlock".into(),
+        disks: Vec::new(),
+    };
+    thread::spawn(move || {
+        let (caller, _) = listener.accept().unwrap();
+        assert_eq!(control_frame::receive::<ControlRequest>(&caller).unwrap(), ControlRequest::Status);
+        control_frame::send(&caller, &ControlReply::Status(status), &[]).unwrap();
+    })
+}
+
+fn sleeper() -> Child {
+    std::process::Command::new("sleep").arg("1000").spawn().unwrap()
+}
+
+#[test]
+fn vm_without_a_process_has_none_to_take_on_or_to_end() {
+    let scratch = Scratch::new();
+    let backends = backends(&scratch);
+    assert!(!backends.adopt(&plan()).unwrap());
+    assert!(backends.status(DOMAIN).is_none());
+    backends.stop(DOMAIN);
+    backends.clear_out(DOMAIN);
+}
+
+#[test]
+fn dead_socket_of_a_killed_process_is_no_process() {
+    let scratch = Scratch::new();
+    let backends = backends(&scratch);
+    fs::create_dir_all(backends.config.vm_dir(DOMAIN)).unwrap();
+    drop(UnixListener::bind(backends.config.control_socket(DOMAIN)).unwrap());
+    assert!(!backends.adopt(&plan()).unwrap());
+    backends.stop(DOMAIN);
+    assert!(!backends.config.vm_dir(DOMAIN).exists());
+}
+
+#[test]
+fn process_of_an_earlier_agent_is_taken_on_and_its_end_is_reported() {
+    let scratch = Scratch::new();
+    let (lost, heard) = mpsc::channel();
+    let backends = Backends { lost, ..backends(&scratch) };
+    let before = Instant::now();
+    let mut keeper = sleeper();
+    let answering = answer_once(&backends, VM, keeper.id() as i32);
+    assert!(backends.adopt(&plan()).unwrap());
+    answering.join().unwrap();
+    assert!(backends.older_than(before).is_empty());
+    assert_eq!(backends.older_than(Instant::now() + Duration::from_secs(1)), [DOMAIN]);
+    keeper.kill().unwrap();
+    keeper.wait().unwrap();
+    assert_eq!(*heard.recv_timeout(Duration::from_secs(20)).unwrap().plan, plan());
+    assert!(backends.older_than(Instant::now() + Duration::from_secs(1)).is_empty());
+}
+
+#[test]
+fn process_of_another_vm_is_not_taken_on() {
+    let scratch = Scratch::new();
+    let backends = backends(&scratch);
+    let mut keeper = sleeper();
+    let answering = answer_once(&backends, VmId::from_bytes([9; 16]), keeper.id() as i32);
+    assert!(matches!(backends.adopt(&plan()), Err(BackendError::OtherVm)));
+    answering.join().unwrap();
+    keeper.kill().unwrap();
+    keeper.wait().unwrap();
+}
+
+#[test]
+fn what_open_refuses_is_the_answer_and_nothing_is_made() {
+    let scratch = Scratch::new();
+    let backends = backends(&scratch);
+    let refused = Refusal::new(Code::Integrity, "wrong");
+    let answer = backends.start(plan(), || Err(refused.clone()));
+    assert_eq!(answer, Err(refused));
+    assert!(!backends.config.vm_dir(DOMAIN).exists());
+}
