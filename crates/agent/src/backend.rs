@@ -248,37 +248,44 @@ impl Backends {
         }
     }
 
-    /// Domains with a process that was there before `moment`; younger ones may belong to a start in progress.
-    pub fn older_than(&self, moment: Instant) -> Vec<DomainUuid> {
+    /// Domains with a process that this agent knows.
+    pub fn domains(&self) -> Vec<DomainUuid> {
         let slots: Vec<_> =
             lock(&self.slots).iter().map(|(domain, slot)| (*domain, Arc::clone(slot))).collect();
-        let old = |slot: &Slot| {
-            // A slot that is locked is being worked on, so it is not old.
-            slot.keeper.try_lock().is_ok_and(|k| k.as_ref().is_some_and(|keeper| keeper.since < moment))
-        };
-        slots.into_iter().filter(|(_, slot)| old(slot)).map(|(domain, _)| domain).collect()
+        // A slot that is locked is being worked on, by a start or an end.
+        let has_one = |slot: &Slot| slot.keeper.try_lock().is_ok_and(|keeper| keeper.is_some());
+        slots.into_iter().filter(|(_, slot)| has_one(slot)).map(|(domain, _)| domain).collect()
     }
 
-    /// Ends what lies in the run directory of a domain that has no plan: a process that an earlier agent left, or
-    /// only its sockets.
-    pub fn clear_out(&self, domain: DomainUuid) {
+    /// Ends what serves a domain that had no QEMU at `moment`: its process, one that an earlier agent left, or only
+    /// sockets. What was started later is for a start that came later, and stays.
+    pub fn clear_out(&self, domain: DomainUuid, moment: Instant) {
         let slot = self.slot(domain);
-        let keeper = lock(&slot.keeper);
-        if keeper.is_some() {
-            drop(keeper);
-            return self.stop(domain);
-        }
-        if let Some(status) = self.status(domain) {
-            let ask = ControlRequest::Stop { force: true };
-            let _ = control_frame::ask(&self.config.control_socket(domain), &ask, Instant::now() + END);
-            if let Ok(process) = self.process(status.keeper_pid)
-                && !process.wait_for(END)
-            {
-                process.kill();
+        let mut keeper = lock(&slot.keeper);
+        match keeper.take() {
+            Some(younger) if younger.since >= moment => *keeper = Some(younger),
+            Some(old) => {
+                tracing::info!(%domain, "ending a disk process that no VM uses");
+                if let Err(error) = self.end(&old, true) {
+                    tracing::error!(%domain, "{}", causes(&error));
+                    *keeper = Some(old);
+                }
             }
-            tracing::info!(%domain, "ended a disk process that no VM uses");
+            None => {
+                if let Some(status) = self.status(domain) {
+                    tracing::info!(%domain, "ending a disk process that no VM uses");
+                    let ask = ControlRequest::Stop { force: true };
+                    let _ =
+                        control_frame::ask(&self.config.control_socket(domain), &ask, Instant::now() + END);
+                    if let Ok(process) = self.process(status.keeper_pid)
+                        && !process.wait_for(END)
+                    {
+                        process.kill();
+                    }
+                }
+                self.remove_sockets(domain);
+            }
         }
-        self.remove_sockets(domain);
     }
 
     /// The process behind the control socket of a plan's domain.

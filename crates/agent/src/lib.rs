@@ -5,16 +5,23 @@
 //! which libvirt runs and which uses nothing of this library but the frames of `vmseal-model`.
 
 pub mod accounts;
+pub mod adopt;
+pub mod agent;
 pub mod backend;
 pub mod causes;
 pub mod choice;
 pub mod clock;
+pub mod commands;
 pub mod config;
 pub mod control_frame;
+pub mod doctor;
 pub mod domain_xml;
 pub mod failpoint;
 pub mod floors;
+pub mod hook_server;
+pub mod hooks;
 pub mod identity;
+pub mod inventory;
 pub mod job;
 pub mod join;
 pub mod journal;
@@ -24,6 +31,8 @@ pub mod lock;
 pub mod metadata;
 pub mod new_volume;
 pub mod ports;
+pub mod reconcile;
+pub mod repair;
 #[cfg(test)]
 pub(crate) mod scratch;
 pub mod session;
@@ -34,4 +43,5 @@ pub mod store;
 pub mod tasks;
 pub mod uplink;
 pub mod volume;
+pub mod wanted;
 pub mod xml;

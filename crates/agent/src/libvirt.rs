@@ -78,22 +78,6 @@ impl Libvirt {
         self.connection()?.versions()
     }
 
-    /// Lets a guest go on that QEMU paused because its disk failed; does nothing to any other.
-    ///
-    /// # Errors
-    ///
-    /// libvirt's refusal.
-    pub fn resume_after_io_error(&self, uuid: DomainUuid) -> Result<bool, HypervisorError> {
-        // VIR_DOMAIN_PAUSED, VIR_DOMAIN_PAUSED_IOERROR
-        const PAUSED_IO_ERROR: (i32, i32) = (3, 5);
-        let connection = self.connection()?;
-        let domain = connection.domain(uuid)?;
-        if domain.state()? != PAUSED_IO_ERROR {
-            return Ok(false);
-        }
-        domain.resume().map(|()| true)
-    }
-
     fn connection(&self) -> Result<Arc<Connection>, HypervisorError> {
         match &*self.link.read().unwrap_or_else(|e| e.into_inner()) {
             Link::Up(connection) => Ok(Arc::clone(connection)),
@@ -148,6 +132,17 @@ impl Hypervisor for Libvirt {
         let domain = connection.domain(uuid)?;
         domain.set_metadata(element, domain.is_active()?, domain.is_persistent()?)
     }
+
+    fn resume_after_io_error(&self, uuid: DomainUuid) -> Result<bool, HypervisorError> {
+        // VIR_DOMAIN_PAUSED, VIR_DOMAIN_PAUSED_IOERROR
+        const PAUSED_IO_ERROR: (i32, i32) = (3, 5);
+        let connection = self.connection()?;
+        let domain = connection.domain(uuid)?;
+        if domain.state()? != PAUSED_IO_ERROR {
+            return Ok(false);
+        }
+        domain.resume().map(|()| true)
+    }
 }
 
 fn info(domain: &Domain<'_>) -> Result<DomainInfo, HypervisorError> {
@@ -159,6 +154,8 @@ fn info(domain: &Domain<'_>) -> Result<DomainInfo, HypervisorError> {
         // PAUSED, CRASHED (kept for a look), PMSUSPENDED: so it is, but does not compute.
         3 | 7 => VmState::Paused,
         6 if domain.is_active()? => VmState::Paused,
+        // Just being started: libvirt calls it shut off until QEMU has answered.
+        5 if domain.is_active()? => VmState::Unknown,
         5 | 6 if persistent && domain.has_managed_save()? => VmState::Saved,
         5 | 6 => VmState::Off,
         _ => VmState::Unknown,

@@ -81,6 +81,8 @@ pub trait Hypervisor: Send + Sync {
     fn start(&self, uuid: DomainUuid) -> Result<(), HypervisorError>;
     /// Writes our metadata element, live and persistent as it applies; `None` removes it.
     fn set_metadata(&self, uuid: DomainUuid, element: Option<&str>) -> Result<(), HypervisorError>;
+    /// Lets a guest go on that QEMU paused because its disk failed, and does nothing to any other; whether it was one.
+    fn resume_after_io_error(&self, uuid: DomainUuid) -> Result<bool, HypervisorError>;
 }
 
 /// Why a key cannot be had now.

@@ -227,6 +227,11 @@ impl Runner {
         running.values().any(|t| t.domain == Some(domain) && !t.is_over() && !t.control.is_startable())
     }
 
+    /// Whether a task was taken, now or by an earlier run of the agent.
+    pub fn knows(&self, task: TaskId) -> bool {
+        self.lock().contains_key(&task) || !matches!(self.known(task), Ok(None))
+    }
+
     /// What became of every task that ended and whose journal is still there; for a server that may have missed it.
     pub fn ended(&self) -> Vec<TaskReport> {
         let journals = Journal::list(&self.world.config.state_dir).unwrap_or_default();

@@ -53,6 +53,11 @@ pub enum VmState {
 }
 
 impl VmState {
+    /// Whether QEMU may be there: where nobody can say, it may.
+    pub fn has_qemu(self) -> bool {
+        matches!(self, Self::Running | Self::Paused | Self::Unknown)
+    }
+
     /// The word for people.
     pub fn as_str(self) -> &'static str {
         match self {

@@ -339,6 +339,10 @@ impl Hypervisor for Libvirt {
     fn set_metadata(&self, _: DomainUuid, _: Option<&str>) -> Result<(), HypervisorError> {
         Ok(())
     }
+
+    fn resume_after_io_error(&self, _: DomainUuid) -> Result<bool, HypervisorError> {
+        Ok(false)
+    }
 }
 
 /// A provider with one key.

@@ -1,0 +1,498 @@
+//! What the server hears of this host: every VM with its disks, whole, whenever something changed.
+//!
+//! libvirt's definitions, the agent's store and what is wanted in; inventory messages out. What a VM lacks of protection
+//! is said in words. The server gives keys only for VMs it has heard of, so a VM that is about to start is told at once,
+//! without asking libvirt.
+
+use std::{
+    collections::BTreeMap,
+    fs,
+    path::Path,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+};
+
+use vmseal_api::agent::v1::{self, from_agent::Body};
+use vmseal_model::{
+    id::{DiskId, DomainUuid},
+    metadata::DiskMetadata,
+    record::KeyRecord,
+    state::{DiskClass, InnerFormat, VmState},
+};
+
+use crate::{
+    config::AgentConfig,
+    domain_xml::{DiskDevice, DiskSource, DiskView, DomainXml},
+    metadata::class_word,
+    ports::{Definition, DomainInfo, Hypervisor, HypervisorError},
+    store::{Store, StoredDisk, StoredVm},
+    uplink::{Uplink, word},
+    wanted::Wanted,
+};
+
+/// What is known of the host, and what was last sent of it.
+pub struct Inventory {
+    config: Arc<AgentConfig>,
+    hypervisor: Arc<dyn Hypervisor>,
+    store: Arc<Store>,
+    wanted: Arc<Wanted>,
+    uplink: Arc<Uplink>,
+    warnings: Arc<dyn Fn() -> Vec<v1::Warning> + Send + Sync>,
+    known: Mutex<Known>,
+}
+
+struct Known {
+    vms: BTreeMap<DomainUuid, v1::Vm>,
+    /// libvirt was asked for all of them at least once; before that a list would lack VMs.
+    complete: bool,
+    sent: Option<v1::Inventory>,
+}
+
+impl Inventory {
+    /// Knows at first only the VMs in the store.
+    pub fn new(
+        config: Arc<AgentConfig>,
+        hypervisor: Arc<dyn Hypervisor>,
+        store: Arc<Store>,
+        wanted: Arc<Wanted>,
+        uplink: Arc<Uplink>,
+        warnings: Arc<dyn Fn() -> Vec<v1::Warning> + Send + Sync>,
+    ) -> Self {
+        let vms = store.vms().iter().map(|vm| (vm.domain, remembered(vm))).collect();
+        let known = Mutex::new(Known { vms, complete: false, sent: None });
+        Self { config, hypervisor, store, wanted, uplink, warnings, known }
+    }
+
+    /// Looks at every domain.
+    ///
+    /// # Errors
+    ///
+    /// libvirt's; what was known stays.
+    pub fn refresh_all(&self) -> Result<(), HypervisorError> {
+        let mut vms = BTreeMap::new();
+        for info in self.hypervisor.domains()? {
+            // One that went away since is not in it.
+            if let Ok(vm) = self.look_at(&info) {
+                vms.insert(info.uuid, vm);
+            }
+        }
+        let mut known = self.lock();
+        (known.vms, known.complete) = (vms, true);
+        Ok(())
+    }
+
+    /// Looks at one domain. While libvirt does not answer, what was known stays.
+    pub fn refresh(&self, domain: DomainUuid) {
+        let looked = self.hypervisor.domain(domain).and_then(|info| self.look_at(&info));
+        let mut known = self.lock();
+        match looked {
+            Ok(vm) => {
+                known.vms.insert(domain, vm);
+            }
+            Err(HypervisorError::NoDomain { .. }) => {
+                known.vms.remove(&domain);
+            }
+            Err(error) => tracing::debug!(%domain, "not looked at: {error}"),
+        }
+    }
+
+    /// A session is new: its server has heard nothing yet.
+    pub fn session_began(&self) {
+        self.lock().sent = None;
+    }
+
+    /// Sends what is known, if it is whole and differs from what was sent last.
+    pub fn send(&self) {
+        let warnings = (self.warnings)();
+        let mut known = self.lock();
+        if known.complete {
+            self.send_known(&mut known, warnings);
+        }
+    }
+
+    /// Tells of a VM that is about to start, unless the server has heard of it as it is.
+    pub fn announce(&self, domain: DomainUuid, xml: &DomainXml) {
+        let vm_id = self.vm_id(domain, xml);
+        let mut known = self.lock();
+        let listed = |vm: &v1::Vm| vm.domain_uuid == domain.to_string() && vm.vm_id == vm_id;
+        if known.sent.as_ref().is_some_and(|sent| sent.vms.iter().any(listed)) {
+            return;
+        }
+        let name = xml.name().unwrap_or_default();
+        let vm = self.describe(domain, name, VmState::Unknown, false, xml);
+        known.vms.insert(domain, vm);
+        self.send_known(&mut known, Vec::new());
+    }
+
+    fn send_known(&self, known: &mut Known, warnings: Vec<v1::Warning>) {
+        let mut vms: Vec<v1::Vm> = known.vms.values().cloned().collect();
+        for vm in &mut vms {
+            self.add_locked(vm);
+        }
+        let inventory = v1::Inventory { vms, warnings };
+        if known.sent.as_ref() != Some(&inventory)
+            && self.uplink.send(Body::Inventory(inventory.clone())).is_ok()
+        {
+            known.sent = Some(inventory);
+        }
+    }
+
+    fn look_at(&self, info: &DomainInfo) -> Result<v1::Vm, HypervisorError> {
+        let xml = self.hypervisor.xml(info.uuid, Definition::Live)?;
+        Ok(match DomainXml::parse(&xml) {
+            Ok(xml) => self.describe(info.uuid, &info.name, info.state, !info.persistent, &xml),
+            Err(error) => {
+                tracing::warn!(domain = %info.uuid, "the definition of '{}' is not understood: {error}", info.name);
+                v1::Vm {
+                    domain_uuid: info.uuid.to_string(),
+                    name: info.name.clone(),
+                    state: word(&info.state),
+                    ..v1::Vm::default()
+                }
+            }
+        })
+    }
+
+    fn describe(
+        &self,
+        domain: DomainUuid,
+        name: &str,
+        state: VmState,
+        transient: bool,
+        xml: &DomainXml,
+    ) -> v1::Vm {
+        let metadata = xml.metadata().ok().flatten();
+        let in_metadata = |disk: DiskId| metadata.as_ref()?.disks.iter().find(|d| d.disk == disk);
+        let all = xml.disks();
+        let disks = all.iter().filter(|disk| disk.device == DiskDevice::Disk);
+        let disks: Vec<v1::Disk> = disks
+            .map(|disk| match self.our_export(disk) {
+                Some(id) => self.encrypted(disk, id, in_metadata(id)),
+                None => clear(disk),
+            })
+            .collect();
+        let encrypted = disks.iter().any(|disk| disk.encrypted);
+        v1::Vm {
+            domain_uuid: domain.to_string(),
+            name: name.to_owned(),
+            state: word(&state),
+            vm_id: if encrypted { self.vm_id(domain, xml) } else { String::new() },
+            unprotected: if encrypted { unprotected(xml, &disks) } else { Vec::new() },
+            disks,
+            locked: None,
+            transient,
+        }
+    }
+
+    /// The VM a domain says it is: what this host has bound, else what its metadata says.
+    fn vm_id(&self, domain: DomainUuid, xml: &DomainXml) -> String {
+        let in_metadata = || Some(xml.metadata().ok()??.vm);
+        self.store.vm_of_domain(domain).or_else(in_metadata).map_or(String::new(), |vm| vm.to_string())
+    }
+
+    fn our_export(&self, disk: &DiskView) -> Option<DiskId> {
+        match &disk.source {
+            DiskSource::NbdUnix { socket, export } if Path::new(socket).starts_with(&self.config.run_dir) => {
+                export.parse().ok()
+            }
+            _ => None,
+        }
+    }
+
+    fn encrypted(&self, disk: &DiskView, id: DiskId, in_metadata: Option<&DiskMetadata>) -> v1::Disk {
+        match (self.store.disk(id), in_metadata) {
+            (Some((_, stored)), _) => stored_disk(&disk.target, &stored),
+            (None, Some(m)) => described(
+                &disk.target,
+                id,
+                (&m.source, m.header.as_deref(), m.format, m.class),
+                &m.record,
+                true,
+            ),
+            (None, None) => v1::Disk {
+                target: disk.target.clone(),
+                encrypted: true,
+                disk_id: id.to_string(),
+                ..v1::Disk::default()
+            },
+        }
+    }
+
+    fn add_locked(&self, vm: &mut v1::Vm) {
+        let Ok(domain) = vm.domain_uuid.parse() else { return };
+        vm.locked = self.wanted.locked(domain).map(|(missing, wanted)| v1::Locked {
+            provider: missing.provider.to_string(),
+            kek: missing.kek.to_string(),
+            since_ms: missing.since_ms,
+            reason: missing.reason,
+            wanted,
+        });
+        if vm.locked.as_ref().is_some_and(|locked| locked.wanted) {
+            vm.state = word(&VmState::Locked);
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Known> {
+        self.known.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// A VM as the store has it, before libvirt was asked.
+fn remembered(vm: &StoredVm) -> v1::Vm {
+    let disks = vm.disks.iter().filter(|disk| !disk.retired);
+    v1::Vm {
+        domain_uuid: vm.domain.to_string(),
+        name: vm.domain.to_string(),
+        state: word(&VmState::Unknown),
+        vm_id: vm.vm.to_string(),
+        disks: disks.map(|disk| stored_disk(&disk.target, disk)).collect(),
+        ..v1::Vm::default()
+    }
+}
+
+fn stored_disk(target: &str, disk: &StoredDisk) -> v1::Disk {
+    let place = (disk.source.as_str(), disk.header.as_deref(), disk.format, disk.class);
+    described(target, disk.disk, place, &disk.record, disk.epoch_unverified)
+}
+
+fn described(
+    target: &str,
+    disk: DiskId,
+    (source, header, format, class): (&str, Option<&str>, InnerFormat, DiskClass),
+    record: &[u8],
+    epoch_unverified: bool,
+) -> v1::Disk {
+    let state = KeyRecord::decode(record).map(|record| record.state).ok();
+    v1::Disk {
+        target: target.to_owned(),
+        source: source.to_owned(),
+        format: format.as_str().to_owned(),
+        encrypted: true,
+        disk_id: disk.to_string(),
+        epoch: state.as_ref().map_or(0, |s| s.epoch),
+        epoch_unverified,
+        stored_bytes: state.as_ref().map_or(0, |s| s.stored_bytes),
+        presented_bytes: state.as_ref().map_or(0, |s| s.presented_bytes),
+        class: class_word(class).to_owned(),
+        record: record.to_vec(),
+        header: header.unwrap_or_default().to_owned(),
+    }
+}
+
+fn clear(disk: &DiskView) -> v1::Disk {
+    let (source, stored_bytes) = match &disk.source {
+        DiskSource::File(path) => (path.clone(), fs::metadata(path).map_or(0, |m| m.len())),
+        DiskSource::Block(path) => (path.clone(), 0),
+        DiskSource::NbdUnix { socket, .. } => (socket.clone(), 0),
+        DiskSource::None => (String::new(), 0),
+        DiskSource::Other(kind) => (kind.clone(), 0),
+    };
+    v1::Disk {
+        target: disk.target.clone(),
+        source,
+        format: disk.format.clone().unwrap_or_else(|| "raw".to_owned()),
+        stored_bytes,
+        ..v1::Disk::default()
+    }
+}
+
+/// What of an encrypted VM still lies in clear, one line each.
+fn unprotected(xml: &DomainXml, disks: &[v1::Disk]) -> Vec<String> {
+    let clear = disks.iter().filter(|disk| !disk.encrypted);
+    let mut lines: Vec<String> =
+        clear.map(|disk| format!("disk {} ({}) is clear", disk.target, disk.source)).collect();
+    lines.push(
+        "suspend images (virsh save, managedsave) and memory snapshots hold guest memory in clear".into(),
+    );
+    lines.push("memory dumps (virsh dump) hold guest memory in clear".into());
+    if xml.has_nvram() {
+        lines.push("NVRAM (firmware variables) is a clear file".into());
+    }
+    if xml.has_tpm() {
+        lines.push("the state of the vTPM is a clear file".into());
+    }
+    lines.push("QEMU's log is a clear file".into());
+    lines
+}
+
+#[cfg(test)]
+mod tests {
+    use vmseal_api::agent::v1::FromAgent;
+    use vmseal_model::id::VmId;
+
+    use super::*;
+    use crate::{scratch::Scratch, uplink::QUEUE};
+
+    const DOMAIN: DomainUuid = DomainUuid::from_bytes([1; 16]);
+    const VM: VmId = VmId::from_bytes([3; 16]);
+    const DISK: DiskId = DiskId::from_bytes([4; 16]);
+
+    /// One domain, or none.
+    struct One(Mutex<Option<String>>);
+
+    impl One {
+        fn info(&self) -> Option<DomainInfo> {
+            self.0.lock().unwrap().as_ref().map(|_| DomainInfo {
+                uuid: DOMAIN,
+                name: "web01".into(),
+                state: VmState::Off,
+                persistent: true,
+                autostart: false,
+            })
+        }
+    }
+
+    impl Hypervisor for One {
+        fn domains(&self) -> Result<Vec<DomainInfo>, HypervisorError> {
+            Ok(self.info().into_iter().collect())
+        }
+        fn domain(&self, uuid: DomainUuid) -> Result<DomainInfo, HypervisorError> {
+            self.info().ok_or(HypervisorError::NoDomain { domain: uuid.to_string() })
+        }
+        fn xml(&self, uuid: DomainUuid, _: Definition) -> Result<String, HypervisorError> {
+            let xml = self.0.lock().unwrap().clone();
+            xml.ok_or(HypervisorError::NoDomain { domain: uuid.to_string() })
+        }
+        fn define(&self, _: &str) -> Result<DomainUuid, HypervisorError> {
+            Ok(DOMAIN)
+        }
+        fn snapshots(&self, _: DomainUuid) -> Result<u32, HypervisorError> {
+            Ok(0)
+        }
+        fn has_managed_save(&self, _: DomainUuid) -> Result<bool, HypervisorError> {
+            Ok(false)
+        }
+        fn start(&self, _: DomainUuid) -> Result<(), HypervisorError> {
+            Ok(())
+        }
+        fn set_metadata(&self, _: DomainUuid, _: Option<&str>) -> Result<(), HypervisorError> {
+            Ok(())
+        }
+        fn resume_after_io_error(&self, _: DomainUuid) -> Result<bool, HypervisorError> {
+            Ok(false)
+        }
+    }
+
+    struct Lab {
+        scratch: Scratch,
+        hypervisor: Arc<One>,
+        wanted: Arc<Wanted>,
+        inventory: Inventory,
+        sent: tokio::sync::mpsc::Receiver<FromAgent>,
+    }
+
+    impl Lab {
+        fn new(bound: bool) -> Self {
+            let scratch = Scratch::new();
+            let store = Arc::new(Store::open(scratch.path()).unwrap());
+            if bound {
+                store.bind(VM, DOMAIN).unwrap();
+            }
+            let hypervisor = Arc::new(One(Mutex::default()));
+            let wanted = Arc::new(Wanted::open(scratch.path()));
+            let uplink = Arc::new(Uplink::new("no server"));
+            let (out, sent) = tokio::sync::mpsc::channel(QUEUE);
+            uplink.opened(out);
+            let inventory = Inventory::new(
+                Arc::new(AgentConfig::default()),
+                Arc::clone(&hypervisor) as Arc<dyn Hypervisor>,
+                store,
+                Arc::clone(&wanted),
+                uplink,
+                Arc::new(Vec::new),
+            );
+            Self { scratch, hypervisor, wanted, inventory, sent }
+        }
+
+        fn define(&self) -> DomainXml {
+            let clear = self.scratch.path().join("data.img");
+            fs::write(&clear, [0; 512]).unwrap();
+            let socket = self.inventory.config.disk_socket(DOMAIN, "vda");
+            let xml = format!(
+                "<domain><name>web01</name><uuid>{DOMAIN}</uuid><devices>\
+                 <disk type='network' device='disk'><source protocol='nbd' name='{DISK}'>\
+                 <host transport='unix' socket='{}'/></source><target dev='vda'/></disk>\
+                 <disk type='file' device='disk'><source file='{}'/><target dev='vdb'/></disk>\
+                 <disk type='file' device='cdrom'><target dev='sda'/></disk><tpm/></devices></domain>",
+                socket.display(),
+                clear.display()
+            );
+            *self.hypervisor.0.lock().unwrap() = Some(xml.clone());
+            DomainXml::parse(&xml).unwrap()
+        }
+
+        fn sent(&mut self) -> Option<v1::Inventory> {
+            match self.sent.try_recv().ok()?.body? {
+                Body::Inventory(inventory) => Some(inventory),
+                _ => None,
+            }
+        }
+    }
+
+    #[test]
+    fn nothing_is_sent_before_libvirt_said_what_there_is() {
+        let mut lab = Lab::new(true);
+        lab.inventory.send();
+        assert_eq!(lab.sent(), None);
+        lab.define();
+        lab.inventory.refresh_all().unwrap();
+        lab.inventory.send();
+        let all = lab.sent().unwrap();
+        assert_eq!((all.vms[0].name.as_str(), all.vms[0].vm_id.as_str()), ("web01", &*VM.to_string()));
+        lab.inventory.send();
+        assert_eq!(lab.sent(), None, "the same is not sent twice");
+        lab.inventory.session_began();
+        lab.inventory.send();
+        assert!(lab.sent().is_some());
+    }
+
+    #[test]
+    fn vm_that_starts_before_that_is_told_with_all_that_the_store_knows() {
+        let mut lab = Lab::new(true);
+        let xml = lab.define();
+        lab.inventory.announce(DOMAIN, &xml);
+        assert_eq!(lab.sent().unwrap().vms.len(), 1);
+        lab.inventory.announce(DOMAIN, &xml);
+        assert_eq!(lab.sent(), None, "the server has heard of it");
+    }
+
+    #[test]
+    fn clear_disks_and_other_clear_parts_of_an_encrypted_vm_are_listed() {
+        let mut lab = Lab::new(true);
+        lab.define();
+        lab.inventory.refresh_all().unwrap();
+        lab.inventory.send();
+        let vm = lab.sent().unwrap().vms.remove(0);
+        let seen: Vec<_> =
+            vm.disks.iter().map(|d| (d.target.as_str(), d.encrypted, d.stored_bytes)).collect();
+        assert_eq!(seen, [("vda", true, 0), ("vdb", false, 512)]);
+        let text = vm.unprotected.join("\n");
+        for part in ["disk vdb", "suspend images", "dumps", "vTPM", "log"] {
+            assert!(text.contains(part), "{text}");
+        }
+        assert!(!text.contains("NVRAM"), "{text}");
+    }
+
+    #[test]
+    fn vm_without_its_key_is_locked_and_one_that_is_gone_is_gone() {
+        let mut lab = Lab::new(true);
+        lab.define();
+        lab.inventory.refresh_all().unwrap();
+        let missing = crate::ports::KeyMissing {
+            provider: "main".parse().unwrap(),
+            kek: vmseal_model::id::KekId::from_bytes(vec![1]).unwrap(),
+            reason: "gone".into(),
+            code: vmseal_model::refusal::Code::KeyMissing,
+            since_ms: 7,
+        };
+        lab.wanted.refused(DOMAIN, "web01", &missing);
+        lab.inventory.send();
+        let vm = lab.sent().unwrap().vms.remove(0);
+        assert_eq!(vm.state, "locked");
+        let locked = vm.locked.unwrap();
+        assert_eq!((locked.provider.as_str(), locked.since_ms, locked.wanted), ("main", 7, true));
+        *lab.hypervisor.0.lock().unwrap() = None;
+        lab.inventory.refresh(DOMAIN);
+        lab.inventory.send();
+        assert!(lab.sent().unwrap().vms.is_empty());
+    }
+}

@@ -1,0 +1,262 @@
+//! After libvirt's events: what runs is served, what does not run is not, and copies of key records say what is true.
+//!
+//! Events in; disk processes taken on or ended, metadata and LUKS2 tokens written anew, the inventory sent out. This is
+//! what makes it no matter that hooks were missed while the agent was away. Never called from a hook.
+
+use std::{
+    collections::HashSet,
+    sync::{Arc, mpsc::Receiver},
+    time::{Duration, Instant},
+};
+
+use vmseal_model::{
+    id::{DomainUuid, VmId},
+    metadata::{DiskMetadata, VmMetadata},
+};
+
+use crate::{
+    backend::Backends,
+    causes::causes,
+    config::AgentConfig,
+    domain_xml::DomainXml,
+    inventory::Inventory,
+    keyring::Keyring,
+    libvirt::HypervisorEvent,
+    metadata::metadata_element,
+    ports::{Definition, DomainInfo, Hypervisor, HypervisorError},
+    socket_dir,
+    start::plan::{Plan, plan},
+    store::{Store, StoredDisk},
+    tasks::Refusal,
+    uplink::Uplink,
+    volume::{token_record, write_token_record},
+    wanted::Wanted,
+};
+
+/// How long events are gathered before the server hears of them.
+const QUIET: Duration = Duration::from_millis(100);
+/// How often the host's findings are looked at anew, and the server told if they changed.
+const LOOK: Duration = Duration::from_secs(60);
+
+/// What reconciling needs.
+pub struct Reconciler {
+    /// Paths.
+    pub config: Arc<AgentConfig>,
+    /// libvirt.
+    pub hypervisor: Arc<dyn Hypervisor>,
+    /// Records and bindings.
+    pub store: Arc<Store>,
+    /// Disk processes.
+    pub backends: Arc<Backends>,
+    /// Guests without their process.
+    pub wanted: Arc<Wanted>,
+    /// What the server hears.
+    pub inventory: Arc<Inventory>,
+    /// Keys, forgotten with the VMs that need them.
+    pub keyring: Arc<Keyring>,
+    /// Who hears of copies that cannot be repaired.
+    pub uplink: Arc<Uplink>,
+}
+
+impl Reconciler {
+    /// Follows events until their sender is gone.
+    pub fn follow(&self, events: &Receiver<HypervisorEvent>) {
+        let mut unsent = false;
+        loop {
+            let event = events.recv_timeout(if unsent { QUIET } else { LOOK });
+            match event {
+                Ok(event) => {
+                    self.after(event);
+                    unsent = true;
+                }
+                Err(std::sync::mpsc::RecvTimeoutError::Timeout) => {
+                    self.inventory.send();
+                    unsent = false;
+                }
+                Err(std::sync::mpsc::RecvTimeoutError::Disconnected) => return,
+            }
+        }
+    }
+
+    fn after(&self, event: HypervisorEvent) {
+        match event {
+            HypervisorEvent::Connected => {
+                if let Err(error) = self.all() {
+                    tracing::warn!("what runs here is not known: {error}");
+                }
+            }
+            HypervisorEvent::Lost => {}
+            HypervisorEvent::Started(domain) | HypervisorEvent::Stopped { domain, .. } => {
+                self.settle(domain);
+                self.inventory.refresh(domain);
+            }
+            HypervisorEvent::Undefined(domain) => {
+                self.inventory.refresh(domain);
+                self.forget_keys();
+                if let Err(HypervisorError::NoDomain { .. }) = self.hypervisor.domain(domain) {
+                    self.wanted.settled(domain);
+                }
+            }
+            HypervisorEvent::Defined(domain)
+            | HypervisorEvent::Changed(domain)
+            | HypervisorEvent::Metadata(domain)
+            | HypervisorEvent::DeviceAdded(domain) => self.inventory.refresh(domain),
+        }
+    }
+
+    /// Everything: at the agent's start, and when libvirtd came back.
+    ///
+    /// # Errors
+    ///
+    /// libvirt's; nothing was ended then.
+    pub fn all(&self) -> Result<(), HypervisorError> {
+        // Looked at before libvirt is asked: what begins later is no business of this.
+        let dirs = socket_dir::list(&self.config.run_dir);
+        let (known, moment) = (self.backends.domains(), Instant::now());
+        let domains = self.hypervisor.domains()?;
+        let active: HashSet<DomainUuid> =
+            domains.iter().filter(|info| info.state.has_qemu()).map(|info| info.uuid).collect();
+        domains.iter().filter(|info| info.state.has_qemu()).for_each(|info| self.serve(info));
+        let unused: HashSet<DomainUuid> = dirs.into_iter().chain(known).collect();
+        for domain in unused.difference(&active) {
+            // The list may lack one that could not be looked at: only libvirt's own word ends a process.
+            if self.is_off(*domain) {
+                self.backends.clear_out(*domain, moment);
+            }
+        }
+        self.inventory.refresh_all()?;
+        self.forget_keys();
+        Ok(())
+    }
+
+    /// One domain as it is now: served and its copies repaired if it runs, else nothing left of it.
+    fn settle(&self, domain: DomainUuid) {
+        let moment = Instant::now();
+        match self.hypervisor.domain(domain) {
+            Ok(info) if info.state.has_qemu() => self.serve(&info),
+            Ok(_) | Err(HypervisorError::NoDomain { .. }) => {
+                self.wanted.ended(domain);
+                self.backends.clear_out(domain, moment);
+            }
+            Err(error) => tracing::warn!(%domain, "not looked at: {error}"),
+        }
+    }
+
+    fn is_off(&self, domain: DomainUuid) -> bool {
+        match self.hypervisor.domain(domain) {
+            Ok(info) => !info.state.has_qemu(),
+            Err(error) => matches!(error, HypervisorError::NoDomain { .. }),
+        }
+    }
+
+    /// Takes on the process of a running domain, or has it started again; then repairs stale copies.
+    fn serve(&self, info: &DomainInfo) {
+        let plan = match self.plan_of(info.uuid) {
+            Ok(Some(plan)) => plan,
+            Ok(None) => return,
+            Err(why) => {
+                let text = format!("VM '{}' runs, but {}", info.name, why.message);
+                return self.uplink.notice("vm-contradicts", Some(info.uuid), text);
+            }
+        };
+        match self.backends.adopt(&plan) {
+            Ok(true) => self.repair_copies(info, &plan),
+            Ok(false) => {
+                let text =
+                    format!("VM '{}' runs and nothing serves its disks; starting that again", info.name);
+                self.uplink.notice("disk-process-missing", Some(info.uuid), text);
+                self.wanted.lost(Arc::new(plan));
+            }
+            Err(error) => {
+                let text =
+                    format!("VM '{}' runs and its disk process is not usable: {}", info.name, causes(&error));
+                self.uplink.notice("disk-process-missing", Some(info.uuid), text);
+                self.wanted.lost(Arc::new(plan));
+            }
+        }
+    }
+
+    pub(crate) fn plan_of(&self, domain: DomainUuid) -> Result<Option<Plan>, Refusal> {
+        let xml = self.hypervisor.xml(domain, Definition::Live)?;
+        plan(&DomainXml::parse(&xml)?, &self.config, &self.store)
+    }
+
+    /// Writes the store's records where older ones lie: the domain's metadata, the volumes' headers.
+    fn repair_copies(&self, info: &DomainInfo, plan: &Plan) {
+        let repaired = self.repair_metadata(info, plan).and_then(|_| self.repair_tokens(plan));
+        if let Err(refusal) = repaired {
+            let text = format!("a copy of a key record of VM '{}' is stale: {}", plan.name, refusal.message);
+            self.uplink.notice("record-stale", Some(plan.domain), text);
+        }
+    }
+
+    /// Has the domain's metadata say what the store says; whether it had to be written.
+    pub(crate) fn repair_metadata(&self, info: &DomainInfo, plan: &Plan) -> Result<bool, Refusal> {
+        let Some(wanted) = metadata_of(&self.store, plan.vm).filter(|wanted| self.is_stale(info, wanted))
+        else {
+            return Ok(false);
+        };
+        self.hypervisor.set_metadata(plan.domain, Some(&metadata_element(&wanted)))?;
+        tracing::info!(domain = %plan.domain, "the metadata of VM '{}' was repaired", plan.name);
+        Ok(true)
+    }
+
+    /// The same for the headers of volumes that are served here; whether one had to be written.
+    pub(crate) fn repair_tokens(&self, plan: &Plan) -> Result<bool, Refusal> {
+        let mut repaired = false;
+        for disk in plan.disks.iter().filter(|disk| !disk.read_only) {
+            let Some((_, stored)) = self.store.disk(disk.disk) else { continue };
+            let header = disk.header.as_deref();
+            if token_record(&disk.source, header, disk.disk).as_ref() != Some(&stored.record) {
+                write_token_record(&disk.source, header, disk.disk, &stored.record)?;
+                tracing::info!(disk = %disk.disk, "the record in a LUKS2 header was repaired");
+                repaired = true;
+            }
+        }
+        Ok(repaired)
+    }
+
+    /// Whether a definition says something else. One that cannot be read now is not called stale.
+    fn is_stale(&self, info: &DomainInfo, wanted: &VmMetadata) -> bool {
+        let kinds: &[Definition] =
+            if info.persistent { &[Definition::Live, Definition::Persistent] } else { &[Definition::Live] };
+        kinds.iter().any(|kind| {
+            let Ok(xml) = self.hypervisor.xml(info.uuid, *kind) else { return false };
+            let Ok(xml) = DomainXml::parse(&xml) else { return false };
+            xml.metadata().ok().flatten().is_none_or(|now| !same(&now, wanted))
+        })
+    }
+
+    /// Keys stay for the VMs of this host, which must start without the server; of others they are forgotten.
+    fn forget_keys(&self) {
+        if let Ok(domains) = self.hypervisor.domains() {
+            let here = domains.iter().map(|info| info.uuid).chain(self.backends.domains());
+            self.keyring.keep_only(&here.collect());
+        }
+    }
+}
+
+/// The metadata of a VM, as the store has it; none without an encrypted disk.
+pub(crate) fn metadata_of(store: &Store, vm: VmId) -> Option<VmMetadata> {
+    let stored = store.vm(vm)?;
+    let disks: Vec<DiskMetadata> =
+        stored.disks.iter().filter(|disk| !disk.retired).map(disk_metadata).collect();
+    (!disks.is_empty()).then_some(VmMetadata { vm, domain: stored.domain, disks })
+}
+
+pub(crate) fn disk_metadata(disk: &StoredDisk) -> DiskMetadata {
+    DiskMetadata {
+        target: disk.target.clone(),
+        disk: disk.disk,
+        source: disk.source.clone(),
+        header: disk.header.clone(),
+        format: disk.format,
+        class: disk.class,
+        record: disk.record.clone(),
+    }
+}
+
+fn same(now: &VmMetadata, wanted: &VmMetadata) -> bool {
+    let within = |a: &VmMetadata, b: &VmMetadata| a.disks.iter().all(|disk| b.disks.contains(disk));
+    (now.vm, now.domain) == (wanted.vm, wanted.domain) && within(now, wanted) && within(wanted, now)
+}
