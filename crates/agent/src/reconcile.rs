@@ -34,7 +34,7 @@ use crate::{
 };
 
 /// How long events are gathered before the server hears of them.
-const QUIET: Duration = Duration::from_millis(100);
+const QUIET: Duration = Duration::from_millis(10);
 /// How often the host's findings are looked at anew, and the server told if they changed.
 const LOOK: Duration = Duration::from_secs(60);
 

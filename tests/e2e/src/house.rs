@@ -266,11 +266,14 @@ impl House {
         Some((status.keeper_pid, status.worker_pid))
     }
 
-    /// Defines a guest.
+    /// Defines a guest and waits until the server has heard of it.
     pub fn define(&self, guest: &Guest) {
         let file = self.lab.state.join(format!("{}.xml", guest.name));
         fs::write(&file, guest.xml()).expect("own folder");
         self.libvirtd.must_virsh(&["define", path(&file)]);
+        shell::until("the server has the VM", Duration::from_secs(30), || {
+            self.vmseal(&["vm", "show", &guest.name]).ok()
+        });
     }
 
     /// A guest with these disks: target, size, format. Images are made, empty, below `images`.
