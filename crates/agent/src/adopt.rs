@@ -3,8 +3,6 @@
 //! The domain's own definition in, one whose sockets and metadata name the domain itself out, and the binding of VM and
 //! domain in the store. Volumes and records stay as they are: they belong to the VM and know no domain.
 
-use std::path::Path;
-
 use vmseal_model::{
     id::{DiskId, DomainUuid, VmId},
     metadata::{DiskMetadata, VmMetadata},
@@ -14,7 +12,8 @@ use vmseal_model::{
 
 use crate::{
     config::AgentConfig,
-    domain_xml::{DiskSource, DomainXml, EncryptedSource},
+    domain_xml::{DomainXml, EncryptedSource},
+    inventory::{our_export, vm_of},
     ports::{Definition, Hypervisor, HypervisorError},
     store::Store,
     tasks::Refusal,
@@ -39,10 +38,12 @@ pub fn adopt(
     }
     let mut xml = DomainXml::parse(&hypervisor.xml(domain, Definition::Persistent)?)?;
     let metadata = xml.metadata()?;
-    let ours = our_disks(&xml, config);
+    let disks = xml.disks();
+    let ours = disks.iter().filter_map(|disk| Some((disk.target.clone(), our_export(config, disk)?)));
+    let ours: Vec<(String, DiskId)> = ours.collect();
     let owner = |disk: &DiskId| store.disk(*disk).map(|(vm, _)| vm);
-    let vm = metadata.as_ref().map(|m| m.vm).or_else(|| ours.iter().find_map(|(_, disk)| owner(disk)));
-    let Some(vm) = vm.filter(|_| !ours.is_empty()) else {
+    // As the inventory told the server, which has bound these two already.
+    let Some(vm) = vm_of(store, config, domain, &xml).filter(|_| !ours.is_empty()) else {
         let text = format!("VM '{}' has no encrypted disk that is known here", info.name);
         return Err(Refusal::new(Code::NothingToDo, text));
     };
@@ -92,17 +93,6 @@ fn refuse_twice(
         }
     }
     Ok(())
-}
-
-/// Targets and ids of the disks that are on one of our sockets, whosever it is.
-fn our_disks(xml: &DomainXml, config: &AgentConfig) -> Vec<(String, DiskId)> {
-    let ours = |disk: crate::domain_xml::DiskView| match disk.source {
-        DiskSource::NbdUnix { socket, export } if Path::new(&socket).starts_with(&config.run_dir) => {
-            Some((disk.target, export.parse().ok()?))
-        }
-        _ => None,
-    };
-    xml.disks().into_iter().filter_map(ours).collect()
 }
 
 fn disk_of(store: &Store, metadata: Option<&VmMetadata>, target: &str, disk: DiskId) -> Option<DiskMetadata> {

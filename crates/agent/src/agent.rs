@@ -15,7 +15,7 @@ use std::{
     },
     path::{Path, PathBuf},
     sync::{
-        Arc,
+        Arc, Mutex,
         mpsc::{self, Receiver},
     },
     thread,
@@ -190,6 +190,7 @@ pub fn run(config: AgentConfig) -> Result<(), AgentError> {
     tell_systemd("READY=1");
     let commands = Arc::new(Commands {
         fence: Fence::open(&config.state_dir),
+        at_work: Mutex::default(),
         repairer: Arc::new(Repairer { starter, reconciler }),
         config,
         hypervisor,

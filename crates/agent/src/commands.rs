@@ -4,9 +4,10 @@
 //! simply done again when asked again. Commands of a server that a newer one has replaced are refused.
 
 use std::{
+    collections::HashSet,
     fs, io,
     path::PathBuf,
-    sync::{Arc, Mutex, PoisonError, mpsc::Receiver},
+    sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc::Receiver},
     thread,
 };
 
@@ -52,6 +53,8 @@ pub struct Commands {
     pub uplink: Arc<Uplink>,
     /// The highest fencing token seen.
     pub fence: Fence,
+    /// Commands at work that are no tasks: the server sends them again at every session.
+    pub at_work: Mutex<HashSet<String>>,
 }
 
 impl Commands {
@@ -105,6 +108,8 @@ impl Commands {
                     self.runner.cancel(task);
                 }
             }
+            // It would act on what was meant for then; nobody waits for its answer.
+            Some(command::Body::AdoptVm(_)) if command.deadline_ms > 0 && now_ms() > command.deadline_ms => {}
             Some(command::Body::RepairVm(c)) => {
                 self.apart(command, &c.domain_uuid, |this, domain| this.repairer.repair(domain));
             }
@@ -138,16 +143,25 @@ impl Commands {
             return self.answer(&command.id, Err(refusal));
         };
         let (this, id) = (Arc::clone(self), command.id.clone());
+        if !self.at_work().insert(id.clone()) {
+            return;
+        }
         let work = move || {
             let done = work(&this, domain);
             this.inventory.refresh(domain);
             this.inventory.send();
             this.answer(&id, done);
+            this.at_work().remove(&id);
         };
         if let Err(error) = thread::Builder::new().name("command".to_owned()).spawn(work) {
+            self.at_work().remove(&command.id);
             let refusal = Refusal::new(Code::Failed, format!("cannot start a thread: {error}"));
             self.answer(&command.id, Err(refusal));
         }
+    }
+
+    fn at_work(&self) -> MutexGuard<'_, HashSet<String>> {
+        self.at_work.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn answer(&self, id: &str, done: Result<String, Refusal>) {

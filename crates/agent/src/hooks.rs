@@ -79,6 +79,7 @@ impl Hooks {
         }
         // Of a VM that waited for its process as well: what is there now is the new one.
         self.wanted.ended(domain);
+        self.inventory.send();
         prepared.map(drop).map_err(|why| why.line(name))
     }
 

@@ -13,7 +13,7 @@ use std::{
 
 use vmseal_api::agent::v1::{self, from_agent::Body};
 use vmseal_model::{
-    id::{DiskId, DomainUuid},
+    id::{DiskId, DomainUuid, VmId},
     metadata::DiskMetadata,
     record::KeyRecord,
     state::{DiskClass, InnerFormat, VmState},
@@ -44,6 +44,7 @@ struct Known {
     vms: BTreeMap<DomainUuid, v1::Vm>,
     /// libvirt was asked for all of them at least once; before that a list would lack VMs.
     complete: bool,
+    warnings: Vec<v1::Warning>,
     sent: Option<v1::Inventory>,
 }
 
@@ -58,7 +59,7 @@ impl Inventory {
         warnings: Arc<dyn Fn() -> Vec<v1::Warning> + Send + Sync>,
     ) -> Self {
         let vms = store.vms().iter().map(|vm| (vm.domain, remembered(vm))).collect();
-        let known = Mutex::new(Known { vms, complete: false, sent: None });
+        let known = Mutex::new(Known { vms, complete: false, warnings: Vec::new(), sent: None });
         Self { config, hypervisor, store, wanted, uplink, warnings, known }
     }
 
@@ -104,8 +105,9 @@ impl Inventory {
     pub fn send(&self) {
         let warnings = (self.warnings)();
         let mut known = self.lock();
+        known.warnings = warnings;
         if known.complete {
-            self.send_known(&mut known, warnings);
+            self.send_known(&mut known);
         }
     }
 
@@ -120,15 +122,15 @@ impl Inventory {
         let name = xml.name().unwrap_or_default();
         let vm = self.describe(domain, name, VmState::Unknown, false, xml);
         known.vms.insert(domain, vm);
-        self.send_known(&mut known, Vec::new());
+        self.send_known(&mut known);
     }
 
-    fn send_known(&self, known: &mut Known, warnings: Vec<v1::Warning>) {
+    fn send_known(&self, known: &mut Known) {
         let mut vms: Vec<v1::Vm> = known.vms.values().cloned().collect();
         for vm in &mut vms {
             self.add_locked(vm);
         }
-        let inventory = v1::Inventory { vms, warnings };
+        let inventory = v1::Inventory { vms, warnings: known.warnings.clone() };
         if known.sent.as_ref() != Some(&inventory)
             && self.uplink.send(Body::Inventory(inventory.clone())).is_ok()
         {
@@ -146,6 +148,8 @@ impl Inventory {
                     domain_uuid: info.uuid.to_string(),
                     name: info.name.clone(),
                     state: word(&info.state),
+                    // Without it the server would take the VM for a clear one.
+                    vm_id: self.store.vm_of_domain(info.uuid).map_or(String::new(), |vm| vm.to_string()),
                     ..v1::Vm::default()
                 }
             }
@@ -165,7 +169,7 @@ impl Inventory {
         let all = xml.disks();
         let disks = all.iter().filter(|disk| disk.device == DiskDevice::Disk);
         let disks: Vec<v1::Disk> = disks
-            .map(|disk| match self.our_export(disk) {
+            .map(|disk| match our_export(&self.config, disk) {
                 Some(id) => self.encrypted(disk, id, in_metadata(id)),
                 None => clear(disk),
             })
@@ -183,19 +187,8 @@ impl Inventory {
         }
     }
 
-    /// The VM a domain says it is: what this host has bound, else what its metadata says.
     fn vm_id(&self, domain: DomainUuid, xml: &DomainXml) -> String {
-        let in_metadata = || Some(xml.metadata().ok()??.vm);
-        self.store.vm_of_domain(domain).or_else(in_metadata).map_or(String::new(), |vm| vm.to_string())
-    }
-
-    fn our_export(&self, disk: &DiskView) -> Option<DiskId> {
-        match &disk.source {
-            DiskSource::NbdUnix { socket, export } if Path::new(socket).starts_with(&self.config.run_dir) => {
-                export.parse().ok()
-            }
-            _ => None,
-        }
+        vm_of(&self.store, &self.config, domain, xml).map_or(String::new(), |vm| vm.to_string())
     }
 
     fn encrypted(&self, disk: &DiskView, id: DiskId, in_metadata: Option<&DiskMetadata>) -> v1::Disk {
@@ -233,6 +226,29 @@ impl Inventory {
 
     fn lock(&self) -> MutexGuard<'_, Known> {
         self.known.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// The VM a domain says it is: what this host has bound, else what its metadata says, else whose its disks are.
+pub(crate) fn vm_of(
+    store: &Store,
+    config: &AgentConfig,
+    domain: DomainUuid,
+    xml: &DomainXml,
+) -> Option<VmId> {
+    let owner = |disk: &DiskView| Some(store.disk(our_export(config, disk)?)?.0);
+    let in_metadata = || Some(xml.metadata().ok()??.vm);
+    let of_disks = || xml.disks().iter().find_map(owner);
+    store.vm_of_domain(domain).or_else(in_metadata).or_else(of_disks)
+}
+
+/// The disk on a socket of ours, whichever domain's it is.
+pub(crate) fn our_export(config: &AgentConfig, disk: &DiskView) -> Option<DiskId> {
+    match &disk.source {
+        DiskSource::NbdUnix { socket, export } if Path::new(socket).starts_with(&config.run_dir) => {
+            export.parse().ok()
+        }
+        _ => None,
     }
 }
 
@@ -299,28 +315,24 @@ fn clear(disk: &DiskView) -> v1::Disk {
 fn unprotected(xml: &DomainXml, disks: &[v1::Disk]) -> Vec<String> {
     let clear = disks.iter().filter(|disk| !disk.encrypted);
     let mut lines: Vec<String> =
-        clear.map(|disk| format!("disk {} ({}) is clear", disk.target, disk.source)).collect();
-    lines.push(
-        "suspend images (virsh save, managedsave) and memory snapshots hold guest memory in clear".into(),
-    );
-    lines.push("memory dumps (virsh dump) hold guest memory in clear".into());
+        clear.map(|disk| format!("disk {} ({}), which is clear", disk.target, disk.source)).collect();
+    lines.push("saved images and memory snapshots (virsh save, managedsave, snapshot)".into());
+    lines.push("memory dumps (virsh dump)".into());
     if xml.has_nvram() {
-        lines.push("NVRAM (firmware variables) is a clear file".into());
+        lines.push("NVRAM (firmware variables)".into());
     }
     if xml.has_tpm() {
-        lines.push("the state of the vTPM is a clear file".into());
+        lines.push("state of the vTPM".into());
     }
-    lines.push("QEMU's log is a clear file".into());
+    lines.push("QEMU's log".into());
     lines
 }
 
 #[cfg(test)]
 mod tests {
-    use vmseal_api::agent::v1::FromAgent;
-    use vmseal_model::id::VmId;
-
     use super::*;
     use crate::{scratch::Scratch, uplink::QUEUE};
+    use vmseal_api::agent::v1::FromAgent;
 
     const DOMAIN: DomainUuid = DomainUuid::from_bytes([1; 16]);
     const VM: VmId = VmId::from_bytes([3; 16]);
@@ -466,7 +478,7 @@ mod tests {
             vm.disks.iter().map(|d| (d.target.as_str(), d.encrypted, d.stored_bytes)).collect();
         assert_eq!(seen, [("vda", true, 0), ("vdb", false, 512)]);
         let text = vm.unprotected.join("\n");
-        for part in ["disk vdb", "suspend images", "dumps", "vTPM", "log"] {
+        for part in ["disk vdb", "saved images", "dumps", "vTPM", "log"] {
             assert!(text.contains(part), "{text}");
         }
         assert!(!text.contains("NVRAM"), "{text}");

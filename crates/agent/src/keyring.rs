@@ -99,7 +99,9 @@ impl Keyring {
     pub fn refused(&self, refusal: &KeyRefused) {
         let Some(name) = name(&refusal.provider, &refusal.kek_id) else { return };
         let code = Code::from_word(&refusal.code).unwrap_or(Code::KeyMissing);
-        let mut why = missing(&name, code, refusal.message.clone());
+        // Whoever shows it says of which key and provider himself.
+        let reason = refusal.message.split_once(" is missing: ").map_or(&*refusal.message, |(_, why)| why);
+        let mut why = missing(&name, code, reason.to_owned());
         why.since_ms = refusal.since_ms;
         self.answer(&name, &refusal.request_id, Err(why));
     }

@@ -88,6 +88,6 @@ impl Repairer {
             done.push("records in its volumes' headers were written anew");
         }
         let what = if done.is_empty() { "nothing was amiss".to_owned() } else { done.join("; ") };
-        Ok(format!("VM '{}': {what}", info.name))
+        Ok(what)
     }
 }

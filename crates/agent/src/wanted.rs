@@ -223,8 +223,7 @@ impl Worker {
                     return self.starter.backends.clear_out(domain, now);
                 }
                 let name = &lost.plan.name;
-                let text = format!("the disks of VM '{name}' are served again");
-                self.uplink.notice("disk-process-restarted", Some(domain), text);
+                tracing::info!(%domain, "the disks of VM '{name}' are served again");
                 self.resume(domain, name);
                 return (self.changed)(domain);
             }
@@ -271,8 +270,7 @@ impl Worker {
         }
         match outcome {
             Ok(()) => {
-                let text = format!("VM '{}', which had waited for its key, was started", wish.name);
-                self.uplink.notice("wanted-started", Some(domain), text);
+                tracing::info!(%domain, "VM '{}', which had waited for its key, was started", wish.name);
             }
             Err(error) => {
                 let text = format!("VM '{}' had waited for its key and does not start: {error}", wish.name);
