@@ -3,16 +3,16 @@
 //! A copy's word counts for nothing until its MAC verified: the epoch only orders the tries. No I/O; where keys come
 //! from is the caller's closure. Metadata in particular is no authority, since libvirt itself brings old metadata back.
 
-use std::fmt;
+use std::{fmt, sync::Arc};
 
-use vmseal_keys::Dek;
+use vmseal_keys::{Dek, Kek, open_disk};
 use vmseal_model::{
-    id::{DiskId, VmId},
-    record::KeyRecord,
+    id::{DiskId, KekId, ProviderId, VmId},
+    record::{KeyRecord, RecipientKind},
     refusal::Code,
 };
 
-use crate::{ports::KeyMissing, tasks::Refusal};
+use crate::{causes::causes, ports::KeyMissing, tasks::Refusal};
 
 /// Where a copy lay.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -137,6 +137,38 @@ pub fn choose(
     }))
 }
 
+/// Opens one record with whichever of its KEKs can be had; `kek` is asked for each that this version can use.
+///
+/// # Errors
+///
+/// [`Unopened::Missing`] if one that was not to be had might open it.
+pub fn open_record(
+    vm: VmId,
+    disk: DiskId,
+    record: &KeyRecord,
+    mut kek: impl FnMut(&ProviderId, &KekId) -> Result<Arc<Kek>, KeyMissing>,
+) -> Result<Dek, Unopened> {
+    let usable = |kind| matches!(kind, RecipientKind::Kek | RecipientKind::Native);
+    let (mut missing, mut refused) = (None, None);
+    for id in record.recipients.iter().map(|r| &r.id).filter(|id| usable(id.kind)) {
+        match kek(&id.provider, &id.kek) {
+            Ok(kek) => match open_disk(record, Some(vm), Some(disk), &kek, &id.provider) {
+                Ok(opened) => return Ok(opened.payload),
+                Err(error) => refused = Some(causes(&error)),
+            },
+            Err(why) => missing = missing.or(Some(why)),
+        }
+    }
+    // A KEK that opens nothing here says that the record is bad, whatever the others might say.
+    match (refused, missing) {
+        (Some(reason), _) => Err(Unopened::Refused(reason)),
+        (None, Some(missing)) => Err(Unopened::Missing(missing)),
+        (None, None) => {
+            Err(Unopened::Refused("it names no key provider that this version can ask".to_owned()))
+        }
+    }
+}
+
 /// A copy that is a record of this disk of this VM.
 fn readable(vm: VmId, disk: DiskId, bytes: &[u8]) -> Result<KeyRecord, String> {
     let record = KeyRecord::decode(bytes).map_err(|e| e.to_string())?;
@@ -154,10 +186,10 @@ mod tests {
     use std::cell::RefCell;
 
     use proptest::prelude::*;
-    use vmseal_keys::{Kek, NewDiskRecord, SecretBytes, open_disk, restate, seal_disk};
+    use vmseal_keys::{NewDiskRecord, SecretBytes, add_recipient, open_disk, restate, seal_disk};
     use vmseal_model::{
-        id::{KekId, ProviderId, RecordId},
-        record::{HeaderKind, RecipientKind, RecordState, UnitBytes},
+        id::RecordId,
+        record::{HeaderKind, RecordState, UnitBytes},
     };
 
     use super::*;
@@ -167,7 +199,7 @@ mod tests {
 
     struct Keys {
         dek: Dek,
-        kek: Kek,
+        kek: Arc<Kek>,
         provider: ProviderId,
         /// Epochs tried, in order.
         tried: RefCell<Vec<u64>>,
@@ -177,7 +209,10 @@ mod tests {
         fn new() -> Self {
             Self {
                 dek: Dek::generate().unwrap(),
-                kek: Kek::new(KekId::from_bytes(b"17".to_vec()).unwrap(), SecretBytes::random().unwrap()),
+                kek: Arc::new(Kek::new(
+                    KekId::from_bytes(b"17".to_vec()).unwrap(),
+                    SecretBytes::random().unwrap(),
+                )),
                 provider: "main".parse().unwrap(),
                 tried: RefCell::default(),
             }
@@ -199,9 +234,10 @@ mod tests {
 
         fn open(&self, record: &KeyRecord) -> Result<Dek, Unopened> {
             self.tried.borrow_mut().push(record.state.epoch);
-            open_disk(record, Some(VM), Some(DISK), &self.kek, &self.provider)
-                .map(|opened| opened.payload)
-                .map_err(|e| Unopened::Refused(e.to_string()))
+            open_record(VM, DISK, record, |provider, kek| {
+                assert_eq!((provider, kek), (&self.provider, self.kek.id()));
+                Ok(Arc::clone(&self.kek))
+            })
         }
 
         fn choose(&self, candidates: &[Candidate], floor: u64) -> Result<Chosen, NoChoice> {
@@ -283,13 +319,7 @@ mod tests {
     fn missing_key_is_told_unless_an_older_copy_is_good_enough() {
         let keys = Keys::new();
         let (new, old) = (keys.record(VM, DISK, 5), keys.record(VM, DISK, 4));
-        let missing = KeyMissing {
-            provider: "gone".parse().unwrap(),
-            kek: KekId::from_bytes(b"18".to_vec()).unwrap(),
-            reason: "destroyed".into(),
-            code: Code::KeyMissing,
-            since_ms: 1,
-        };
+        let missing = missing(&"gone".parse().unwrap(), &KekId::from_bytes(b"18".to_vec()).unwrap());
         let open = |record: &KeyRecord| match record.state.epoch {
             5 => Err(Unopened::Missing(missing.clone())),
             _ => keys.open(record),
@@ -297,6 +327,39 @@ mod tests {
         let copies = [from(Origin::Token, &new), from(Origin::Store, &old)];
         assert_eq!(choose(VM, DISK, &copies, 4, open).unwrap().record.state.epoch, 4);
         assert_eq!(choose(VM, DISK, &copies, 5, open).err(), Some(NoChoice::Missing(missing.clone())));
+    }
+
+    fn missing(provider: &ProviderId, kek: &KekId) -> KeyMissing {
+        KeyMissing {
+            provider: provider.clone(),
+            kek: kek.clone(),
+            reason: "destroyed".into(),
+            code: Code::KeyMissing,
+            since_ms: 1,
+        }
+    }
+
+    #[test]
+    fn any_kek_that_can_be_had_opens_and_one_that_does_not_verify_decides() {
+        let keys = Keys::new();
+        let record = keys.record(VM, DISK, 3);
+        let opened = open_disk(&record, Some(VM), Some(DISK), &keys.kek, &keys.provider).unwrap();
+        let other = Kek::new(KekId::from_bytes(b"18".to_vec()).unwrap(), SecretBytes::random().unwrap());
+        let spare: ProviderId = "spare".parse().unwrap();
+        let record = add_recipient(&record, &opened, &other, RecipientKind::Kek, &spare).unwrap();
+        let other = Arc::new(other);
+        let with = |first: Option<&Arc<Kek>>, second: Option<&Arc<Kek>>| {
+            open_record(VM, DISK, &record, |provider, kek| {
+                let had = if *provider == spare { second } else { first };
+                had.cloned().ok_or_else(|| missing(provider, kek))
+            })
+        };
+        assert!(with(None, Some(&other)).is_ok_and(|dek| dek.payload() == keys.dek.payload()));
+        assert!(with(Some(&keys.kek), None).is_ok());
+        assert_eq!(with(None, None).err(), Some(Unopened::Missing(missing(&keys.provider, keys.kek.id()))));
+        let wrong = Arc::new(Kek::new(keys.kek.id().clone(), SecretBytes::random().unwrap()));
+        assert!(matches!(with(Some(&wrong), None).err(), Some(Unopened::Refused(_))));
+        assert!(with(Some(&wrong), Some(&other)).is_ok());
     }
 
     proptest! {
