@@ -196,8 +196,7 @@ impl Host<'_> {
         warning(
             "qemu-group-missing",
             format!("there is no group {name}, with which QEMU would reach its disks"),
-            "set qemu_group in agent.toml to the group QEMU runs with: 'group' in /etc/libvirt/qemu.conf"
-                .to_owned(),
+            "set qemu_group in agent.toml to a group that QEMU's user is in, and nobody else".to_owned(),
         )
     }
 
