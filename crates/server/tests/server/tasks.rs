@@ -156,6 +156,30 @@ async fn cancel_reaches_the_host_and_again_after_a_new_session() {
 }
 
 #[tokio::test]
+async fn repair_is_a_task_without_a_key_and_is_there_for_a_vm_with_foreign_ids_too() {
+    let mut scene = Scene::set().await;
+    let copy = Guest { name: "copy".into(), domain: Guest::new("", 9).domain, ..scene.guest.clone() };
+    let vms = vec![scene.guest.encrypted("main", b"k", 1), copy.encrypted("main", b"k", 1)];
+    scene.host.report(vms).await;
+    let path = paths::fill(paths::VM_REPAIR, "copy");
+    let task: Task = scene.rig.root().post(&path, &()).await.good();
+    assert_eq!(json!([task.kind, task.state]), json!(["vm-repair", "queued"]));
+    let repair = scene.host.command().await;
+    assert_eq!(repair.id, task.id);
+    assert!(
+        matches!(&repair.body, Some(command::Body::RepairVm(c)) if c.domain_uuid == copy.domain.to_string())
+    );
+    scene.rig.root().post(&path, &()).await.refused("task-running");
+    // Until the host says that it ended it is sent again, under its own id.
+    let mut host = scene.joined.connect(&scene.rig).await;
+    assert_eq!(host.command().await.id, task.id);
+    let said = TaskEvent { message: "nothing was amiss".into(), ..event(&task.id, "succeeded", "") };
+    host.task_is(said).await;
+    let seen = scene.task(&task.id).await;
+    assert_eq!(json!([seen.state, seen.message]), json!(["succeeded", "nothing was amiss"]));
+}
+
+#[tokio::test]
 async fn failure_keeps_the_hosts_words_and_code() {
     let mut scene = Scene::set().await;
     let (task, _) = scene.encrypt().await;
