@@ -1,7 +1,7 @@
-//! `make demo`: what there is so far, on this machine, everything real: the server, a key provider with its backup, an
-//! encrypted disk under a small Linux guest. Lets the guest write, looks whether the words are anywhere in clear, kills
-//! the disk process, recovers the key with stock tools. One line of evidence each; leaves it running. The host's part
-//! is done by hand until the agent's rooms are built.
+//! `make demo`: the main job on this machine, everything real: server, agent and a private libvirtd, a key provider with
+//! its backup, a small Linux guest that was clear and is encrypted. Lets the guest write, looks whether the words are
+//! anywhere in clear, kills what can be killed, recovers the key with stock tools. One line of evidence each; leaves it
+//! running.
 
 use std::{
     fs,
@@ -11,7 +11,6 @@ use std::{
 };
 
 use vmseal_e2e::{
-    hand::HandMade,
     house::{self, BACKUP_PASSWORD, House, path},
     lab::{self, Lab},
     libvirtd, scan, shell,
@@ -19,6 +18,7 @@ use vmseal_e2e::{
 
 const NAME: &str = "demo";
 const MARKER: &str = "THE-GUEST-WROTE-THIS-7f3a";
+const EARLIER: &str = "THE-GUEST-HAD-THIS-BEFORE-91c4";
 
 fn home() -> PathBuf {
     lab::target_dir().join("demo")
@@ -72,39 +72,71 @@ fn up() -> ExitCode {
         &format!("its backup {} is written, read back, verified", backup.display()),
     );
 
-    let image = house::guest_image(&house.lab);
-    let vm = HandMade::create(&house.lab, image, "web01", &backup, BACKUP_PASSWORD, 64 << 20);
-    vm.serve();
-    let mut console = vm.boot();
-    console.sh("mkfs.ext4 -q /dev/vda && mount -t ext4 /dev/vda /mnt");
+    house.join();
+    house.start_agent();
+    evidence.line(true, "this host has joined by a one-line token, vmseal-agent is connected");
+
+    let guest = house.guest("web01", &[("vda", "64M", "raw")]);
+    let image = &guest.disks[0].1;
+    make_file_system(&house, image);
+    house.define(&guest);
+    let clear = scan::files_with(&house.lab.state, &[EARLIER.as_bytes()]);
+    evidence.line(
+        !clear.is_empty(),
+        "a clear VM 'web01' is there, with a file in its ext4 that anybody can read",
+    );
+    house.must_vmseal(&["vm", "encrypt", "web01"]);
+    let shown = house.json(&["vm", "show", "web01"]);
+    let clear = scan::files_with(&house.lab.state, &[EARLIER.as_bytes()]);
+    evidence.line(
+        shown["coverage"] == "encrypted" && !image.exists() && clear.is_empty(),
+        "vmseal vm encrypt web01: copied, compared, switched, the clear image wiped",
+    );
+
+    let mut console = house.boot(&guest);
+    let read = console.sh("mount -t ext4 /dev/vda /mnt && cat /mnt/earlier");
+    evidence.line(read.contains(EARLIER), "virsh start web01: it boots and reads what it had before");
     console.sh(&format!("echo {MARKER} > /mnt/marker && sync"));
-    evidence.line(true, "a guest boots on an encrypted disk, makes a file system and writes a marker");
-    let (keeper, worker) = vm.pids().expect("the disk answers");
+    let (keeper, worker) = house.disk_pids("web01").expect("the disk answers");
     shell::must(Command::new("kill").args(["-9", &worker.to_string()]));
-    let wrote =
-        console.try_sh("dd if=/dev/zero of=/mnt/more bs=64k count=32 conv=fsync 2>/dev/null && umount /mnt");
-    let again = vm.pids();
+    let wrote = console.try_sh("dd if=/dev/zero of=/mnt/more bs=64k count=32 conv=fsync 2>/dev/null");
+    let again = house.disk_pids("web01");
     evidence.line(
         wrote.0 == 0 && again.is_some_and(|(k, w)| k == keeper && w != worker),
         "its disk process is killed under I/O: the keeper starts another, the guest sees no error",
     );
-    vm.power_off(&mut console);
+    house.kill_agent();
+    house.kill_server();
+    let wrote =
+        console.try_sh("dd if=/dev/zero of=/mnt/more bs=64k count=32 conv=fsync 2>/dev/null && umount /mnt");
+    house.start_server();
+    house.start_agent();
+    evidence.line(wrote.0 == 0, "agent and server are killed: the guest goes on; both are back");
+    house.power_off(&guest, &mut console);
     let clear = scan::files_with(&house.lab.state, &[MARKER.as_bytes()]);
     let clear = clear.iter().map(|(p, _)| p.display().to_string()).collect::<Vec<_>>().join(" ");
     evidence.line(
         clear.is_empty(),
-        &format!("the marker is in no file below {} {clear}", house.lab.state.display()),
+        &format!("the guest's marker is in no file below {} {clear}", house.lab.state.display()),
     );
-    let mut console = vm.boot();
+    recover(&house, &PathBuf::from(format!("{}.vmseal", image.display())), &mut evidence);
+    let mut console = house.boot(&guest);
     let read = console.sh("mount -t ext4 /dev/vda /mnt && cat /mnt/marker && umount /mnt");
     evidence.line(read.contains(MARKER), "after power-off and power-on the guest reads it back");
-
-    recover(&house, &vm.volume, &mut evidence);
-    let qemu = vm.qemu_pid().unwrap_or_default();
+    let audit = house.vmseal(&["audit", "verify"]);
+    evidence.line(audit.ok(), &format!("vmseal audit verify: {}", audit.stdout.trim()));
     try_next(&house);
-    let [_, server, libvirtd] = house.leave();
-    fs::write(home().join("pids"), format!("{qemu}\n{server}\n{libvirtd}\n")).expect("own folder");
+    let pids = house.leave().map(|pid| pid.to_string()).join("\n");
+    fs::write(home().join("pids"), pids).expect("own folder");
     if evidence.failed { ExitCode::FAILURE } else { ExitCode::SUCCESS }
+}
+
+/// An ext4 with one file in it, as any guest's data disk has.
+fn make_file_system(house: &House, image: &Path) {
+    let files = house.lab.folder("files");
+    fs::write(files.join("earlier"), EARLIER).expect("own folder");
+    shell::must(shell::tool("mke2fs").args(["-q", "-t", "ext4", "-d"]).arg(&files).arg(image));
+    fs::remove_dir_all(&files).expect("own folder");
 }
 
 fn recover(house: &House, volume: &Path, evidence: &mut Evidence) {
@@ -149,7 +181,7 @@ fn try_next(house: &House) {
     shell::must(shell::tool("chmod").arg("0755").arg(&wrapper));
     println!("\nIt all runs on. To try:");
     println!("  virsh -c '{}' list", libvirtd::uri(&house.lab.run));
-    for line in ["status", "provider show main", "audit list", "audit verify", "doctor"] {
+    for line in ["status", "vm show web01", "provider show main", "task list", "audit list", "doctor"] {
         println!("  {} {line}", wrapper.display());
     }
     println!(
@@ -166,7 +198,7 @@ fn down() {
     stop_guests(&run);
     for pid in pids.lines().filter_map(|p| p.parse::<i32>().ok()) {
         let name = fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default();
-        if ["qemu-system-x86", "vmseal-server", "libvirtd"].contains(&name.trim()) {
+        if ["vmseal-agent", "vmseal-server", "libvirtd"].contains(&name.trim()) {
             shell::run(Command::new("kill").arg(pid.to_string()));
             shell::until("it ends", std::time::Duration::from_secs(20), || gone(pid));
         }
