@@ -5,14 +5,18 @@ CARGO ?= cargo
 PROFILE = --release
 BINS = -p vmseal-cli -p vmseal-server -p vmseal-agent -p vmseal-disk
 export CARGO_TERM_COLOR ?= auto
+# Each is a file below tests/e2e/tests.
+SOAKS = boot outages hooks kills memory encrypt growth tamper
 
-.PHONY: help demo demo-down test test-vectors lint build setup rust nextest
+.PHONY: help demo demo-down test test-vectors bench-start lint build setup rust nextest
 
 help:
 	@echo 'make demo          encrypt, boot and recover a disk on this machine; leaves it running'
 	@echo 'make demo-down     stop what the demo left'
 	@echo 'make test          build, then every proof in its small count (15 minutes on 2 cores)'
 	@echo 'make test-vectors  only the published test vectors'
+	@echo 'make soak-NAME     one proof in its full count: $(SOAKS)'
+	@echo 'make bench-start   what encryption adds to virsh start; writes bench/out/start.json'
 	@echo 'make lint          what CI demands of the source: format, lints, doors, bans'
 	@echo 'make build         the programs, below target/release'
 
@@ -35,6 +39,13 @@ test-vectors: rust nextest
 	@tests/lab/setup.sh build
 	$(CARGO) nextest run $(PROFILE) --locked -p vmseal-keys -p vmseal-xts -p vmseal-luks --success-output final \
 	  -E 'binary(/^vectors/)'
+
+$(SOAKS:%=soak-%): soak-%: build nextest
+	$(CARGO) build $(PROFILE) --locked -p vmseal-e2e --test $*
+	VMSEAL_SOAK=1 $(CARGO) nextest run $(PROFILE) --locked -p vmseal-e2e --profile soak -E 'binary(=$*)'
+
+bench-start: build
+	@$(CARGO) run --quiet $(PROFILE) -p vmseal-e2e --bin bench_start
 
 lint: rust
 	$(CARGO) fmt --all --check
