@@ -100,14 +100,7 @@ fn measure(
     // Within pairs: what the machine does meanwhile is in both.
     let added_ms = median(pairs.iter().map(|p| p.0 - p.1));
     let ours = peer + added_ms;
-    Row {
-        name: name.to_owned(),
-        ours,
-        peer,
-        ratio: peer / ours,
-        floor: peer / (peer + LIMIT_MS),
-        added_ms,
-    }
+    Row { name: name.to_owned(), ours, peer, ratio: peer / ours, floor: peer / (peer + LIMIT_MS), added_ms }
 }
 
 /// Milliseconds `virsh start` takes; the guest is off again after that.
