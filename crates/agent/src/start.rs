@@ -13,10 +13,10 @@ use std::{
     time::{Duration, Instant},
 };
 
-use vmseal_keys::{Dek, Kek, open_disk};
+use vmseal_keys::{Dek, Kek};
 use vmseal_model::{
     id::{DiskId, HostId, KekId, ProviderId},
-    record::{KeyRecord, RecipientKind},
+    record::KeyRecord,
     refusal::Code,
 };
 
@@ -24,7 +24,7 @@ use self::plan::{Plan, PlannedDisk};
 use crate::{
     backend::{BackendError, Backends},
     causes::causes,
-    choice::{Candidate, Chosen, NoChoice, Origin, Unopened, choose},
+    choice::{Candidate, Chosen, NoChoice, Origin, choose, open_record},
     config::AgentConfig,
     domain_xml::DomainXml,
     floors::{Floors, ServerFloors},
@@ -154,12 +154,13 @@ impl Starter {
             .into_iter()
             .filter_map(|(origin, bytes)| Some(Candidate { origin, bytes: bytes? }))
             .collect();
-            choose(plan.vm, disk.disk, &candidates, floor, |record| keks.open(disk.disk, record)).map_err(
-                |e| match e {
-                    NoChoice::Missing(missing) => NoStart::Locked(missing),
-                    NoChoice::Refused(refusal) => NoStart::Refused(refusal.about(&disk.target)),
-                },
-            )
+            choose(plan.vm, disk.disk, &candidates, floor, |record| {
+                open_record(plan.vm, disk.disk, record, |provider, kek| keks.kek(provider, kek))
+            })
+            .map_err(|e| match e {
+                NoChoice::Missing(missing) => NoStart::Locked(missing),
+                NoChoice::Refused(refusal) => NoStart::Refused(refusal.about(&disk.target)),
+            })
         };
         let chosen = plan.disks.iter().map(unlock).collect::<Result<_, _>>()?;
         Ok((chosen, floors))
@@ -256,29 +257,6 @@ struct Keks<'a> {
 }
 
 impl Keks<'_> {
-    /// Opens a record with whichever of its KEKs can be had.
-    fn open(&mut self, disk: DiskId, record: &KeyRecord) -> Result<Dek, Unopened> {
-        let usable = |kind| matches!(kind, RecipientKind::Kek | RecipientKind::Native);
-        let (mut missing, mut refused) = (None, None);
-        for id in record.recipients.iter().map(|r| &r.id).filter(|id| usable(id.kind)) {
-            match self.kek(&id.provider, &id.kek) {
-                Ok(kek) => match open_disk(record, Some(self.plan.vm), Some(disk), &kek, &id.provider) {
-                    Ok(opened) => return Ok(opened.payload),
-                    Err(error) => refused = Some(causes(&error)),
-                },
-                Err(why) => missing = missing.or(Some(why)),
-            }
-        }
-        // A KEK that opens nothing here says that the record is bad, whatever the others might say.
-        match (refused, missing) {
-            (Some(reason), _) => Err(Unopened::Refused(reason)),
-            (None, Some(missing)) => Err(Unopened::Missing(missing)),
-            (None, None) => {
-                Err(Unopened::Refused("it names no key provider that this version can ask".to_owned()))
-            }
-        }
-    }
-
     fn kek(&mut self, provider: &ProviderId, kek: &KekId) -> Result<Arc<Kek>, KeyMissing> {
         let name = (provider.clone(), kek.clone());
         if let Some(known) = self.had.get(&name) {

@@ -25,7 +25,7 @@ use crate::{
     ports::{Hypervisor, HypervisorError, KeyMissing},
     start::{NoStart, Starter, plan::Plan},
     uplink::Uplink,
-    volume::hex,
+    volume::{hex, unhex},
 };
 
 /// Between two tries to serve a guest that waits.
@@ -339,12 +339,6 @@ fn write(file: &std::path::Path, refused: &BTreeMap<DomainUuid, Wish>) -> io::Re
     // Of a run directory nothing outlives a crash of the machine, so nothing is flushed.
     fs::write(&tmp, serde_json::to_vec_pretty(&content)?)?;
     fs::rename(&tmp, file)
-}
-
-fn unhex(text: &str) -> Option<Vec<u8>> {
-    let digits: Option<Vec<u8>> = text.chars().map(|c| c.to_digit(16).map(|d| d as u8)).collect();
-    let digits = digits.filter(|d| d.len().is_multiple_of(2))?;
-    Some(digits.chunks_exact(2).map(|pair| pair[0] << 4 | pair[1]).collect())
 }
 
 #[cfg(test)]

@@ -7,7 +7,7 @@ use vmseal_keys::{NewDiskRecord, SecretBytes, restate, seal_disk};
 use vmseal_luks::HEADER_BYTES;
 use vmseal_model::{
     id::{DomainUuid, RecordId, VmId},
-    record::{HeaderKind, RecordState, UnitBytes},
+    record::{HeaderKind, RecipientKind, RecordState, UnitBytes},
     state::{DiskClass, InnerFormat},
 };
 

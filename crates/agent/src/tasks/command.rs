@@ -192,11 +192,9 @@ fn to_hex<S: Serializer>(kek: &KekId, s: S) -> Result<S::Ok, S::Error> {
 
 fn from_hex<'de, D: Deserializer<'de>>(d: D) -> Result<KekId, D::Error> {
     let text = String::deserialize(d)?;
-    let digits: Option<Vec<u8>> =
-        text.chars().map(|c| c.to_digit(16).and_then(|digit| u8::try_from(digit).ok())).collect();
-    let bytes = digits.filter(|d| d.len().is_multiple_of(2));
-    let bytes = bytes.map(|d| d.chunks(2).map(|pair| pair[0] << 4 | pair[1]).collect());
-    bytes.and_then(KekId::from_bytes).ok_or_else(|| serde::de::Error::custom("no KEK id"))
+    crate::volume::unhex(&text)
+        .and_then(KekId::from_bytes)
+        .ok_or_else(|| serde::de::Error::custom("no KEK id"))
 }
 
 #[cfg(test)]
