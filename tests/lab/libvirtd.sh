@@ -41,4 +41,11 @@ mount --bind "$state/run" /run/libvirt
 mount --bind "$state/lib" /var/lib/libvirt
 mount --bind "$state/log" /var/log/libvirt
 mount --bind "$state/cache" /var/cache/libvirt
+# Guests are emulated. A /dev/kvm that root may use and QEMU's user may not would have libvirtd probe QEMU anew for
+# every definition, by the second.
+if [ -e /dev/kvm ]; then
+  : > "$state/no-kvm"
+  chmod 0000 "$state/no-kvm"
+  mount --bind "$state/no-kvm" /dev/kvm
+fi
 exec libvirtd --pid-file "$state/libvirtd.pid"

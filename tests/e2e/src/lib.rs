@@ -3,9 +3,9 @@
 
 pub mod console;
 pub mod domain;
-pub mod hand;
 pub mod house;
 pub mod lab;
 pub mod libvirtd;
+mod orphans;
 pub mod scan;
 pub mod shell;

@@ -38,6 +38,9 @@ impl Outcome {
     }
 }
 
+/// A program that runs longer is worth a line in a failing test's output.
+const SLOW: Duration = Duration::from_secs(10);
+
 /// Runs to the end, at most `deadline`; past it the program is killed and this panics with what it printed.
 pub fn run_within(command: &mut Command, deadline: Duration) -> Outcome {
     let begin = Instant::now();
@@ -53,6 +56,9 @@ pub fn run_within(command: &mut Command, deadline: Duration) -> Outcome {
     if status.is_none() {
         let _ = child.kill();
         let _ = child.wait();
+    }
+    if begin.elapsed() > SLOW {
+        eprintln!("{command:?} took {:?}", begin.elapsed());
     }
     let (stdout, stderr) = (stdout.join().unwrap_or_default(), stderr.join().unwrap_or_default());
     match status {
