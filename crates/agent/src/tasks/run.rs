@@ -64,7 +64,14 @@ fn planned<P: Serialize + DeserializeOwned>(
         ctx.reach("planned", "begin")?;
         // Nothing is begun that could not be done.
         ctx.world.job_program()?;
-        let plan = make(ctx)?;
+        let plan = match make(ctx) {
+            Ok(plan) => plan,
+            // An agent that comes back is there before libvirtd is.
+            Err(Halt::Failed(why)) if ctx.resumed && why.code == Code::HostNotReady => {
+                return Err(Halt::Suspended(why));
+            }
+            Err(halt) => return Err(halt),
+        };
         ctx.reach("planned", "before")?;
         ctx.note("", "planned", &plan)?;
     }
