@@ -54,7 +54,7 @@ use crate::{
 
 /// How long journals of ended tasks are kept.
 const RETENTION: Duration = Duration::from_secs(30 * 24 * 3600);
-/// Between two tries of what cannot be had now.
+/// At most between two tries of what cannot be had now.
 const PATIENCE: Duration = Duration::from_secs(5);
 
 /// Runs tasks. When it is dropped they stop where they are; their journals go on at the next start.

@@ -28,6 +28,8 @@ use crate::{
     },
 };
 
+/// The first wait for what cannot be had now; each next one is twice as long.
+const FIRST_WAIT: Duration = Duration::from_millis(200);
 /// Reports of progress are at least this far apart.
 const REPORT_EVERY: Duration = Duration::from_millis(500);
 
@@ -42,7 +44,7 @@ pub(crate) struct World {
     pub(crate) store: Arc<Store>,
     pub(crate) sink: Arc<dyn TaskSink>,
     pub(crate) host: Mutex<Option<HostId>>,
-    /// Between two tries of what cannot be had now.
+    /// At most between two tries of what cannot be had now.
     pub(crate) patience: Duration,
     pub(crate) crash_at: Option<CrashAt>,
 }
@@ -128,6 +130,8 @@ pub(crate) struct Context {
     entries: Vec<Entry>,
     /// Where it cannot go back any more, cancelling changes nothing.
     committed: bool,
+    /// How often it has waited.
+    waits: u32,
     progress: Progress,
 }
 
@@ -149,7 +153,7 @@ impl Context {
         resumed: bool,
     ) -> Self {
         let progress = Progress::default();
-        Self { world, command, control, resumed, journal, entries, committed: false, progress }
+        Self { world, command, control, resumed, journal, entries, committed: false, waits: 0, progress }
     }
 
     /// Reads the journal again, after something could not be written down.
@@ -228,6 +232,14 @@ impl Context {
     /// The VM may be started from here on.
     pub(crate) fn make_startable(&self) {
         self.control.startable.store(true, Ordering::Release);
+    }
+
+    /// How long to wait for what cannot be had now: short at first, since an agent that comes back is often a moment
+    /// ahead of libvirtd and the server.
+    pub(crate) fn patience(&mut self) -> Duration {
+        let wait = FIRST_WAIT.saturating_mul(1 << self.waits.min(16));
+        self.waits = self.waits.saturating_add(1);
+        wait.min(self.world.patience)
     }
 
     /// Whether anybody wants it to end here.

@@ -24,7 +24,8 @@ pub(crate) fn run(mut ctx: Context) {
             Err(Halt::Cancelled) => {}
             Err(Halt::Failed(why) | Halt::Suspended(why)) => ctx.say_waiting(&why),
         }
-        ctx.control.pause_unless_stopped(ctx.world.patience);
+        let patience = ctx.patience();
+        ctx.control.pause_unless_stopped(patience);
         if ctx.control.is_stopped() || ctx.reopen().is_err() {
             return;
         }

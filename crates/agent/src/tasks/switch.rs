@@ -160,11 +160,12 @@ impl Switch<'_> {
 
     fn wait(&self, ctx: &mut Context, why: &Refusal, uncertain: bool) -> Result<(), Halt> {
         ctx.say_waiting(why);
+        let patience = ctx.patience();
         if uncertain {
-            ctx.control.pause_unless_stopped(ctx.world.patience);
+            ctx.control.pause_unless_stopped(patience);
             if ctx.control.is_stopped() { Err(Halt::Stopped) } else { Ok(()) }
         } else {
-            ctx.control.pause(ctx.world.patience);
+            ctx.control.pause(patience);
             ctx.check_wanted()
         }
     }

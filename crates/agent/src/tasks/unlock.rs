@@ -115,6 +115,7 @@ fn wait_for(ctx: &mut Context, missing: KeyMissing) -> Result<(), Halt> {
         return Err(missing.into());
     }
     ctx.say_waiting(&missing.into());
-    ctx.control.pause(ctx.world.patience);
+    let patience = ctx.patience();
+    ctx.control.pause(patience);
     Ok(())
 }

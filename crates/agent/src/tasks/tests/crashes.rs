@@ -8,6 +8,7 @@ use std::{
         Arc, Mutex,
         atomic::{AtomicBool, Ordering},
     },
+    time::{Duration, Instant},
 };
 
 use vmseal_model::{
@@ -284,6 +285,26 @@ fn resumed_task_waits_for_its_key_and_can_be_cancelled_meanwhile() {
     runner.wait();
     assert_eq!(lab.told.last(TASK).state, TaskState::Cancelled);
     assert_eq!(lab.files(), files);
+}
+
+#[test]
+fn resumed_task_waits_for_libvirtd() {
+    let (mut lab, work) = encrypting();
+    run_with(&mut lab, work, crash_at_name("encrypt:planned:before"));
+    let (libvirt, told) = (Arc::clone(&lab.libvirt), Arc::clone(&lab.told));
+    libvirt.away.store(true, Ordering::Release);
+    let runner = lab.start(None);
+    runner.resume_all();
+    let until = Instant::now() + Duration::from_secs(10);
+    while !told.all().iter().any(|r| r.code == Some(Code::HostNotReady)) {
+        assert!(Instant::now() < until, "{:?}", told.all());
+        std::thread::yield_now();
+    }
+    assert_eq!(told.last(TASK).state, TaskState::Waiting);
+    libvirt.away.store(false, Ordering::Release);
+    runner.wait();
+    assert_eq!(told.last(TASK).state, TaskState::Succeeded);
+    check_back(&mut lab);
 }
 
 #[test]
