@@ -4,11 +4,14 @@
 CARGO ?= cargo
 PROFILE = --release
 BINS = -p vmseal-cli -p vmseal-server -p vmseal-agent -p vmseal-disk
+OUT = $(or $(CARGO_TARGET_DIR),target)/release
 export CARGO_TERM_COLOR ?= auto
 # Each is a file below tests/e2e/tests.
 SOAKS = boot outages hooks kills memory encrypt growth tamper
 
-.PHONY: help demo demo-down test test-vectors bench-start lint build setup rust nextest
+.PHONY: help demo demo-down test test-vectors bench-start lint build failpoints setup rust nextest
+# cargo does the work in parallel.
+.NOTPARALLEL:
 
 help:
 	@echo 'make demo          encrypt, boot and recover a disk on this machine; leaves it running'
@@ -31,7 +34,7 @@ build: setup rust
 	$(CARGO) build $(PROFILE) --locked -p vmseal-e2e --bins
 
 # First the rooms, each against real peers; then whole houses with real guests, one at a time (.config/nextest.toml).
-test: build nextest lint
+test: failpoints build nextest lint
 	$(CARGO) build $(PROFILE) --locked --workspace --all-targets
 	$(CARGO) nextest run $(PROFILE) --locked --workspace
 
@@ -40,9 +43,10 @@ test-vectors: rust nextest
 	$(CARGO) nextest run $(PROFILE) --locked -p vmseal-keys -p vmseal-xts -p vmseal-luks --success-output final \
 	  -E 'binary(/^vectors/)'
 
-$(SOAKS:%=soak-%): soak-%: build nextest
+$(SOAKS:%=soak-%): soak-%: failpoints build nextest
+	@echo 'make: $* in its full count; it says at its end how often it did what'
 	$(CARGO) build $(PROFILE) --locked -p vmseal-e2e --test $*
-	VMSEAL_SOAK=1 $(CARGO) nextest run $(PROFILE) --locked -p vmseal-e2e --profile soak -E 'binary(=$*)'
+	VMSEAL_SOAK=1 $(CARGO) nextest run $(PROFILE) --locked -p vmseal-e2e --profile soak --success-output final -E 'binary(=$*)'
 
 bench-start: build
 	@$(CARGO) run --quiet $(PROFILE) -p vmseal-e2e --bin bench_start
@@ -51,6 +55,11 @@ lint: rust
 	$(CARGO) fmt --all --check
 	$(CARGO) clippy $(PROFILE) --locked --workspace --all-targets -- -D warnings
 	$(CARGO) xtask check-doors
+
+# An agent that ends where a test tells it to, as by kill -9. `build` comes after it and puts the real one back.
+failpoints: setup rust
+	$(CARGO) build $(PROFILE) --locked $(BINS) --features vmseal-agent/failpoints
+	@cp -f $(OUT)/vmseal-agent $(OUT)/vmseal-agent-failpoints
 
 setup:
 	@tests/lab/setup.sh

@@ -58,13 +58,13 @@ pub fn stream_with(mut stream: impl Read, needles: &[&[u8]]) -> Vec<usize> {
     let overlap = needles.iter().map(|n| n.len()).max().unwrap_or(1).saturating_sub(1);
     let mut window = Vec::new();
     let mut chunk = vec![0u8; 1 << 20];
-    let mut found = vec![false; needles.len()];
+    let mut search = Search::new(needles);
     loop {
         match stream.read(&mut chunk) {
             Ok(0) => break,
             Ok(n) => {
                 window.extend_from_slice(&chunk[..n]);
-                mark(&window, needles, &mut found);
+                search.look(&window);
                 let cut = window.len().saturating_sub(overlap);
                 window.drain(..cut);
             }
@@ -72,7 +72,7 @@ pub fn stream_with(mut stream: impl Read, needles: &[&[u8]]) -> Vec<usize> {
             Err(_) => break,
         }
     }
-    (0..needles.len()).filter(|&i| found[i]).collect()
+    search.found()
 }
 
 /// Numbers of the needles in a process's readable memory, through /proc/PID/mem.
@@ -81,7 +81,7 @@ pub fn memory_with(pid: i32, needles: &[&[u8]]) -> Vec<usize> {
         fs::read_to_string(format!("/proc/{pid}/maps")).unwrap_or_else(|e| panic!("maps of {pid}: {e}"));
     let mut memory =
         fs::File::open(format!("/proc/{pid}/mem")).unwrap_or_else(|e| panic!("memory of {pid}: {e}"));
-    let mut found = vec![false; needles.len()];
+    let mut search = Search::new(needles);
     let mut looked = 0u64;
     for line in maps.lines() {
         let mut words = line.split_whitespace();
@@ -104,13 +104,13 @@ pub fn memory_with(pid: i32, needles: &[&[u8]]) -> Vec<usize> {
             }
         }
         looked += bytes.len() as u64;
-        mark(&bytes, needles, &mut found);
+        search.look(&bytes);
     }
     assert!(
         looked > 64 << 10,
         "only {looked} bytes of process {pid} could be read: the search proves nothing"
     );
-    (0..needles.len()).filter(|&i| found[i]).collect()
+    search.found()
 }
 
 /// Numbers of the needles in a core dump that gdb takes of a process, register notes included.
@@ -128,24 +128,36 @@ pub fn core_with(pid: i32, folder: &Path, needles: &[&[u8]]) -> Vec<usize> {
     found
 }
 
-fn mark(bytes: &[u8], needles: &[&[u8]], found: &mut [bool]) {
-    for (i, needle) in needles.iter().enumerate() {
-        if !found[i] && contains(bytes, needle) {
-            found[i] = true;
-        }
-    }
+/// Needles, found in one pass: where one may begin is looked up by its first two bytes.
+struct Search<'a> {
+    needles: &'a [&'a [u8]],
+    begins: Vec<bool>,
+    found: Vec<bool>,
 }
 
-fn contains(bytes: &[u8], needle: &[u8]) -> bool {
-    let Some((&first, rest)) = needle.split_first() else { return false };
-    let mut at = 0;
-    while let Some(step) = bytes[at..].iter().position(|&b| b == first) {
-        at += step + 1;
-        if bytes[at..].starts_with(rest) {
-            return true;
+impl<'a> Search<'a> {
+    fn new(needles: &'a [&'a [u8]]) -> Self {
+        let mut begins = vec![false; 1 << 16];
+        for needle in needles {
+            assert!(needle.len() >= 2, "a needle of {} bytes is everywhere", needle.len());
+            begins[usize::from(u16::from_le_bytes([needle[0], needle[1]]))] = true;
+        }
+        Self { needles, begins, found: vec![false; needles.len()] }
+    }
+
+    fn look(&mut self, bytes: &[u8]) {
+        for (at, pair) in bytes.windows(2).enumerate() {
+            if self.begins[usize::from(u16::from_le_bytes([pair[0], pair[1]]))] {
+                for (found, needle) in self.found.iter_mut().zip(self.needles) {
+                    *found |= bytes[at..].starts_with(needle);
+                }
+            }
         }
     }
-    false
+
+    fn found(self) -> Vec<usize> {
+        (0..self.found.len()).filter(|&i| self.found[i]).collect()
+    }
 }
 
 /// The round keys of AES-256 under a key, 15 of 16 bytes, and those of the equivalent inverse cipher (FIPS 197 §5.2,

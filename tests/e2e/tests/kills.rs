@@ -24,7 +24,7 @@ while [ ! -e /run/stop ]; do
 done
 echo done > /run/writer-done
 W
-chmod +x /run/writer; : > /run/errors; rm -f /run/stop /run/writer-done; echo 0 > /run/acked; /run/writer >/dev/null 2>&1 &"#;
+chmod +x /run/writer; : > /run/errors; rm -f /run/stop /run/writer-done; echo 0 > /run/acked; /run/writer >/dev/null 2>&1 & true"#;
 
 const CHECKER: &str = r#"last=$(cat /run/acked); echo 3 > /proc/sys/vm/drop_caches; bad=0; i=$last; low=$((last > 999 ? last - 998 : 1));
 while [ $i -ge $low ]; do

@@ -30,7 +30,8 @@ fn vm_without_its_key_is_refused_at_once_and_starts_by_itself_when_the_key_is_ba
     let start = house.libvirtd.virsh(&["start", "wanted"]);
     assert!(!start.ok());
     assert!(start.took < Duration::from_secs(2), "refused after {:?}", start.took);
-    assert!(start.stderr.contains("main") && start.stderr.contains("key"), "{}", start.stderr);
+    let key = house.json(&["vm", "show", "wanted"])["locked"]["key"].as_str().expect("the key").to_owned();
+    assert!(start.stderr.contains(&format!("key {key} of provider main")), "{key}: {}", start.stderr);
     let shown = house.must_vmseal(&["vm", "show", "wanted"]).stdout;
     assert!(shown.contains("locked: ") && shown.contains("of main missing since"), "{shown}");
     assert!(shown.contains("not yet protected"), "{shown}");

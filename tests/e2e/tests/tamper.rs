@@ -6,6 +6,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
+use base64::{Engine, engine::general_purpose::STANDARD as BASE64};
 use vmseal_e2e::{
     domain::Guest,
     house::{House, path},
@@ -54,7 +55,7 @@ fn records(xml: &str) -> Vec<String> {
 
 #[test]
 fn edited_metadata_moved_records_and_damaged_volumes_are_refused() {
-    let house = House::start(Lab::for_test("tamper"));
+    let mut house = House::start(Lab::for_test("tamper"));
     let one = house.guest("one", &[("vda", "8M", "raw"), ("vdb", "8M", "raw")]);
     let two = house.guest("two", &[("vda", "8M", "raw")]);
     for guest in [&one, &two] {
@@ -73,53 +74,97 @@ fn edited_metadata_moved_records_and_damaged_volumes_are_refused() {
 
     // The VM's id is changed: another VM's key would be asked for.
     let vm =
-        before.split("<vmseal:vm").nth(1).and_then(|x| x.split("id='").nth(1).or(x.split("id=\"").nth(1)));
-    let vm = vm.map(|x| x[..36].to_owned()).expect("metadata has the VM's id");
+        before.split("<vmseal:vm").nth(1).and_then(|x| x.split(" id=\"").nth(1)).map(|x| x[..36].to_owned());
+    let vm = vm.expect("metadata has the VM's id");
     let before = edit(&house, "one", |xml| xml.replace(&vm, "00000000-1111-4222-8333-444444444444"));
-    refused(&house, &one, &["vmseal vm adopt"]);
+    refused(&house, &one, &["belongs to VM", &vm]);
     restore(&house, &before);
 
-    // Records swapped between disks, in every copy that the attacker of storage and definition can reach.
-    let tokens = [volume(&one, 0), volume(&one, 1)].map(|v| fs::read(&v).unwrap()[..131_072].to_vec());
-    let before = edit(&house, "one", |xml| {
-        xml.replace(&ours[0], "@@").replace(&ours[1], &ours[0]).replace("@@", &ours[1])
-    });
-    let headers =
-        [volume(&one, 0), volume(&one, 1)].map(|v| fs::OpenOptions::new().write(true).open(v).unwrap());
-    headers[0].write_all_at(&tokens[1], 0).unwrap();
-    headers[1].write_all_at(&tokens[0], 0).unwrap();
-    refused(&house, &one, &["vda"]);
-    headers[0].write_all_at(&tokens[0], 0).unwrap();
-    headers[1].write_all_at(&tokens[1], 0).unwrap();
+    // Whole headers swapped between disks, and the records in the definition with them.
+    let before = edit(&house, "one", |xml| swap(&xml, &ours[0], &ours[1]));
+    let volumes = [volume(&one, 0), volume(&one, 1)];
+    let good = volumes.each_ref().map(|v| read_header(v));
+    write_header(&volumes[0], &good[1]);
+    write_header(&volumes[1], &good[0]);
+    refused(&house, &one, &["vda", "its header has"]);
+    write_header(&volumes[0], &good[0]);
+    write_header(&volumes[1], &good[1]);
     restore(&house, &before);
 
     // A volume whose header says: no encryption.
-    let header = tokens[0].clone();
-    headers[0].write_all_at(&null_cipher(&header), 0).unwrap();
-    refused(&house, &one, &["vda"]);
-    headers[0].write_all_at(&header, 0).unwrap();
+    write_header(&volumes[0], &edited_header(&good[0], "\"aes-xts-plain64\"", "\"cipher_null-ecb\""));
+    refused(&house, &one, &["vda", "cipher_null"]);
+    write_header(&volumes[0], &good[0]);
 
     // A volume cut short.
-    let whole = fs::metadata(volume(&one, 0)).unwrap().len();
-    let tail = fs::read(volume(&one, 0)).unwrap()[(whole - 65_536) as usize..].to_vec();
-    headers[0].set_len(whole - 65_536).unwrap();
-    refused(&house, &one, &["truncated"]);
-    headers[0].write_all_at(&tail, whole - 65_536).unwrap();
+    let whole = fs::metadata(&volumes[0]).unwrap().len();
+    let tail = fs::read(&volumes[0]).unwrap()[(whole - 65_536) as usize..].to_vec();
+    let file = fs::OpenOptions::new().write(true).open(&volumes[0]).unwrap();
+    file.set_len(whole - 65_536).unwrap();
+    refused(&house, &one, &["vda", "truncated"]);
+    file.write_all_at(&tail, whole - 65_536).unwrap();
+
+    // A host and a server that never saw the VM: only the copies in the definition and in the header are left.
+    // Whatever the host reports of the edited copies meanwhile, the key opens none of them.
+    for (record, words) in [
+        (ours[1].clone(), "it belongs to disk"),
+        (other[0].clone(), "it belongs to VM"),
+        (flipped(&ours[0]), "verifies"),
+    ] {
+        let before = edit(&house, "one", |xml| swap(&xml, &ours[0], &record));
+        write_header(&volumes[0], &edited_header(&good[0], &ours[0], &record));
+        forget(&mut house);
+        refused(&house, &one, &["vda", words]);
+        write_header(&volumes[0], &good[0]);
+        restore(&house, &before);
+    }
 
     // All undone: it starts.
     let mut console = house.boot(&one);
     house.power_off(&one, &mut console);
 }
 
-/// The same header with the cipher replaced and the checksums made right again, as an attacker would.
-fn null_cipher(header: &[u8]) -> Vec<u8> {
+/// Puts one text in the place of the other and the other way round.
+fn swap(text: &str, a: &str, b: &str) -> String {
+    text.replace(a, "@@").replace(b, a).replace("@@", b)
+}
+
+/// A record with one bit of its last byte changed, in base64 as it came.
+fn flipped(record: &str) -> String {
+    let mut bytes = BASE64.decode(record).expect("a record is base64");
+    *bytes.last_mut().expect("a record has bytes") ^= 1;
+    BASE64.encode(bytes)
+}
+
+/// Both copies of the LUKS2 header with its JSON.
+fn read_header(volume: &Path) -> Vec<u8> {
+    fs::read(volume).unwrap()[..131_072].to_vec()
+}
+
+fn write_header(volume: &Path, header: &[u8]) {
+    fs::OpenOptions::new().write(true).open(volume).unwrap().write_all_at(header, 0).unwrap();
+}
+
+/// Throws away what agent and server know of every key record.
+fn forget(house: &mut House) {
+    house.kill_agent();
+    fs::remove_dir_all(house.lab.state.join("agent/records")).unwrap();
+    sql(house, "delete from floors");
+    house.start_agent();
+}
+
+/// The header with something else in its JSON and the checksums made right again, as an attacker would.
+fn edited_header(header: &[u8], old: &str, new: &str) -> Vec<u8> {
     let mut header = header.to_vec();
     let half = header.len() / 2;
     for at in [0, half] {
         let json = &mut header[at + 4096..at + half];
-        let text = String::from_utf8_lossy(json).into_owned();
-        let text = text.replace("\"aes-xts-plain64\"", "\"cipher_null-ecb\"");
-        json.copy_from_slice(&text.as_bytes()[..json.len()]);
+        let end = json.iter().position(|&b| b == 0).expect("the JSON is padded");
+        let text = String::from_utf8(json[..end].to_vec()).expect("JSON is UTF-8");
+        assert!(text.contains(old), "'{old}' is not in {text}");
+        let text = text.replace(old, new);
+        json.fill(0);
+        json[..text.len()].copy_from_slice(text.as_bytes());
         header[at + 448..at + 512].fill(0);
         let digest = sha256(&header[at..at + half]);
         header[at + 448..at + 480].copy_from_slice(&digest);
@@ -149,12 +194,15 @@ fn old_epoch_is_refused_though_its_record_verifies() {
 
 /// Raises the server's floor of a disk in its database, as an update that this host missed would have.
 fn raise_floor(house: &House, disk: &str) {
-    let script = format!(
-        "import sqlite3,sys\nc=sqlite3.connect(sys.argv[1])\n\
-         n=c.execute(\"update floors set epoch=epoch+1, record=NULL where disk_id=?\",('{disk}',)).rowcount\n\
-         c.commit()\nassert n==1,n\n"
-    );
-    shell::must(shell::tool("python3").arg("-c").arg(script).arg(house.lab.state.join("server/server.db")));
+    sql(house, &format!("update floors set epoch=epoch+1, record=x'' where disk_id='{disk}'"));
+}
+
+/// Changes the server's database behind its back; something must have changed.
+fn sql(house: &House, statement: &str) {
+    let script = "import sqlite3,sys\nc=sqlite3.connect(sys.argv[1])\nn=c.execute(sys.argv[2]).rowcount\n\
+                  c.commit()\nassert n>0,n\n";
+    let database = house.lab.state.join("server/server.db");
+    shell::must(shell::tool("python3").args(["-c", script]).arg(database).arg(statement));
 }
 
 #[test]
