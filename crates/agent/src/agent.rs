@@ -106,7 +106,11 @@ pub fn run(config: AgentConfig) -> Result<(), AgentError> {
     let backends = Arc::new(Backends::new(Arc::clone(&config), lost_in));
     let (events_in, events) = mpsc::channel();
     let hypervisor: Arc<dyn Hypervisor> = Arc::new(Libvirt::start(&config.libvirt_uri, events_in)?);
-    let wanted = Arc::new(Wanted::open(&config.run_dir));
+    let wanted = Arc::new(Wanted::open(&config.state_dir));
+    keyring.on_late({
+        let wanted = Arc::clone(&wanted);
+        move || wanted.ring()
+    });
     let warnings = warnings(&config, &store);
     let inventory = Arc::new(Inventory::new(
         Arc::clone(&config),

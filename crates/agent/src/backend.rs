@@ -45,7 +45,7 @@ use crate::{
     lock::{Claim, claim, claim_header},
     socket_dir::{self, Owner, SocketDirError},
     spawn::{Lifetime, ServiceUser, SpawnError, spawn},
-    start::plan::Plan,
+    start::plan::{Plan, PlannedDisk},
     tasks::Refusal,
     volume::{OpenVolume, open_regular},
 };
@@ -64,6 +64,27 @@ const OOM_SCORE: &str = "-900";
 pub struct BackendLost {
     /// What it served.
     pub plan: Arc<Plan>,
+}
+
+/// What a process is started for.
+#[derive(Debug, Clone, Copy)]
+pub enum Why {
+    /// QEMU will start, unless libvirt has given up by then: a process that is there is from an earlier run, and ended.
+    Starts {
+        /// When libvirt gives up.
+        until: Instant,
+    },
+    /// QEMU runs and lost its process: one that is there is the one it uses, and stays.
+    Runs,
+}
+
+impl Why {
+    fn check(self) -> Result<(), BackendError> {
+        match self {
+            Self::Starts { until } if Instant::now() >= until => Err(BackendError::TooLate),
+            _ => Ok(()),
+        }
+    }
 }
 
 /// Why there is no backend.
@@ -112,6 +133,9 @@ pub enum BackendError {
         /// In its words.
         reason: String,
     },
+    /// Nobody waits for it any longer.
+    #[error("it took too long; nothing was started")]
+    TooLate,
     /// Another VM's.
     #[error("the disk process on the VM's socket serves another VM or other disks")]
     OtherVm,
@@ -156,8 +180,9 @@ impl Backends {
         Self { config, slots: Mutex::default(), generations: AtomicU64::new(0), lost }
     }
 
-    /// Starts the process for `plan` and waits until it is ready. A process that is there already and has no client is
-    /// ended first. `open` gives the volumes and keys in the plan's order; it runs when nothing of ours holds them.
+    /// Starts the process for `plan` and waits until it is ready. What becomes of one that is there already, and until
+    /// when it is wanted, says `why`. `open` gives the volumes and keys in the plan's order; it runs when nothing of
+    /// ours holds them.
     ///
     /// # Errors
     ///
@@ -165,15 +190,23 @@ impl Backends {
     pub fn start<E: From<BackendError>>(
         &self,
         plan: Plan,
+        why: Why,
         open: impl FnOnce() -> Result<Vec<(OpenVolume, Dek)>, E>,
     ) -> Result<(), E> {
         let slot = self.slot(plan.domain);
         let mut keeper = lock(&slot.keeper);
+        why.check()?;
         // One that an earlier agent started is known by its socket only.
         if keeper.is_none()
-            && let Some((process, _)) = self.find(&plan)?
+            && let Some((process, status)) = self.find(&plan)?
         {
+            if matches!(why, Why::Runs) && !serves(&status, &plan) {
+                return Err(BackendError::OtherVm.into());
+            }
             *keeper = Some(self.watch(plan.clone(), process, None, &slot));
+        }
+        if keeper.is_some() && matches!(why, Why::Runs) {
+            return Ok(());
         }
         if let Some(old) = keeper.take() {
             match self.end(&old, false) {
@@ -187,29 +220,18 @@ impl Backends {
         let volumes = open()?;
         match self.launch(&plan, &volumes) {
             Ok((process, child)) => {
-                *keeper = Some(self.watch(plan, process, Some(child), &slot));
+                let started = self.watch(plan, process, Some(child), &slot);
+                if let Err(late) = why.check() {
+                    self.end(&started, true)?;
+                    return Err(late.into());
+                }
+                *keeper = Some(started);
                 Ok(())
             }
             Err(error) => {
                 self.remove_sockets(plan.domain);
                 Err(error.into())
             }
-        }
-    }
-
-    /// Ends the process of a domain, its client cut off; its keys and sockets are gone after that. One that never was
-    /// is ended already.
-    pub fn stop(&self, domain: DomainUuid) {
-        let slot = self.slot(domain);
-        let mut keeper = lock(&slot.keeper);
-        match keeper.take() {
-            Some(old) => {
-                if let Err(error) = self.end(&old, true) {
-                    tracing::error!(%domain, "{}", causes(&error));
-                    *keeper = Some(old);
-                }
-            }
-            None => self.remove_sockets(domain),
         }
     }
 
@@ -225,9 +247,7 @@ impl Backends {
             return Ok(true);
         }
         let Some((process, status)) = self.find(plan)? else { return Ok(false) };
-        let serves =
-            |disk: &crate::start::plan::PlannedDisk| status.disks.iter().any(|d| d.disk == disk.disk);
-        if status.vm != plan.vm || !plan.disks.iter().all(serves) {
+        if !serves(&status, plan) {
             return Err(BackendError::OtherVm);
         }
         tracing::info!(domain = %plan.domain, keeper = process.pid(), "took on the disk process of VM '{}'", plan.name);
@@ -271,19 +291,33 @@ impl Backends {
                     *keeper = Some(old);
                 }
             }
-            None => {
-                if let Some(status) = self.status(domain) {
-                    tracing::info!(%domain, "ending a disk process that no VM uses");
-                    let ask = ControlRequest::Stop { force: true };
-                    let _ =
-                        control_frame::ask(&self.config.control_socket(domain), &ask, Instant::now() + END);
-                    if let Ok(process) = self.process(status.keeper_pid)
-                        && !process.wait_for(END)
-                    {
-                        process.kill();
-                    }
+            None => self.end_unknown(domain),
+        }
+    }
+
+    /// Ends a process that an earlier agent left. By its sockets alone it is found, so they stay while it may live.
+    fn end_unknown(&self, domain: DomainUuid) {
+        let path = self.config.control_socket(domain);
+        let ask = |request| control_frame::ask(&path, &request, Instant::now() + ANSWER);
+        match ask(ControlRequest::Status) {
+            Ok(ControlReply::Status(status)) => {
+                tracing::info!(%domain, "ending a disk process that no VM uses");
+                let process = self.process(status.keeper_pid);
+                let _ = ask(ControlRequest::Stop { force: true });
+                if let Ok(process) = process
+                    && !process.wait_for(END)
+                {
+                    process.kill();
+                    process.wait_for(END);
                 }
                 self.remove_sockets(domain);
+            }
+            // It says why it cannot serve, and ends.
+            Ok(_) => self.remove_sockets(domain),
+            Err(FrameError::Io(e)) if nobody_there(&e) => self.remove_sockets(domain),
+            Err(error) => {
+                let error = BackendError::Silent(error);
+                tracing::error!(%domain, "a disk process that no VM uses stays: {}", causes(&error));
             }
         }
     }
@@ -314,7 +348,7 @@ impl Backends {
     }
 
     fn launch(&self, plan: &Plan, volumes: &[(OpenVolume, Dek)]) -> Result<(Process, Child), BackendError> {
-        let user = self.user()?;
+        let user = ServiceUser::find(&self.config.disk_user)?;
         let owner = user.map(|user| Owner {
             uid: user.uid,
             gid: accounts::group(&self.config.qemu_group).unwrap_or(user.gid),
@@ -443,17 +477,6 @@ impl Backends {
         keeper
     }
 
-    /// As whom disk processes run. Without the user they would run as root, which the doctor warns of and nobody wants.
-    fn user(&self) -> Result<Option<ServiceUser>, BackendError> {
-        match ServiceUser::find(&self.config.disk_user) {
-            Err(SpawnError::NoUser { name }) => {
-                tracing::warn!("there is no user {name}: the disk process runs as the agent's own");
-                Ok(None)
-            }
-            other => Ok(other?),
-        }
-    }
-
     fn open_log(&self, domain: DomainUuid) -> Result<(File, PathBuf), BackendError> {
         let dir = &self.config.log_dir;
         let path = dir.join(format!("disk-{domain}.log"));
@@ -476,6 +499,11 @@ impl Backends {
     fn slot(&self, domain: DomainUuid) -> Arc<Slot> {
         Arc::clone(lock(&self.slots).entry(domain).or_default())
     }
+}
+
+fn serves(status: &DiskStatus, plan: &Plan) -> bool {
+    let one = |disk: &PlannedDisk| status.disks.iter().any(|served| served.disk == disk.disk);
+    status.vm == plan.vm && plan.disks.iter().all(one)
 }
 
 /// Writes into the owner blocks that nobody holds the volumes any more. Information only, so what fails is let be.

@@ -101,15 +101,20 @@ pub fn choose(
     copies.dedup_by(|(_, later), (_, kept)| later.bytes == kept.bytes);
 
     let newest = copies.first().map(|(record, _)| record.state.epoch);
-    let (mut missing, mut refused) = (None, unreadable);
+    let (mut missing, mut untried, mut refused) = (None, Vec::new(), unreadable);
     for (record, candidate) in copies.into_iter().take_while(|(record, _)| record.state.epoch >= floor) {
         match open(&record) {
             Ok(dek) => {
-                let differs = |other: &&Candidate| other.bytes != candidate.bytes;
+                // A copy whose key is missing may be right.
+                let differs =
+                    |other: &&Candidate| other.bytes != candidate.bytes && !untried.contains(&other.bytes);
                 let stale = candidates.iter().filter(differs).map(|other| other.origin).collect();
                 return Ok(Chosen { record, dek, stale });
             }
-            Err(Unopened::Missing(why)) => missing = missing.or(Some(why)),
+            Err(Unopened::Missing(why)) => {
+                untried.push(candidate.bytes.clone());
+                missing = missing.or(Some(why));
+            }
             Err(Unopened::Refused(reason)) => refused.push(format!("{}: {reason}", candidate.origin)),
         }
     }

@@ -77,7 +77,6 @@ impl Commands {
         // Keys are given only for VMs the server has heard of, so this comes before anybody asks for one.
         self.inventory.session_began();
         self.inventory.send();
-        self.runner.ended().into_iter().for_each(|report| self.uplink.report(report));
         self.wanted.ring();
     }
 
@@ -114,7 +113,11 @@ impl Commands {
                 self.apart(command, &c.domain_uuid, |this, domain| this.repairer.repair(domain));
             }
             Some(command::Body::AdoptVm(c)) => self.apart(command, &c.domain_uuid, |this, domain| {
-                let adopted = adopt(&*this.hypervisor, &this.config, &this.store, domain);
+                let adopted = if this.runner.busy(domain) {
+                    Err(Refusal::new(Code::TaskRunning, "a task works on the VM's disks"))
+                } else {
+                    adopt(&*this.hypervisor, &this.config, &this.store, domain)
+                };
                 if let Err(refusal) = &adopted {
                     // No task tells its end, so the audit does.
                     this.uplink.notice("vm-not-adopted", Some(domain), refusal.message.clone());

@@ -17,6 +17,8 @@ use std::{
 use serde::{Serialize, de::DeserializeOwned};
 use vmseal_model::control::{ControlReply, ControlRequest, MAX_FRAME};
 
+use crate::peer;
+
 /// Most descriptors one frame may carry: the kernel's SCM_MAX_FD.
 pub const MAX_FDS: usize = 253;
 
@@ -90,6 +92,10 @@ pub fn ask(path: &Path, request: &ControlRequest, deadline: Instant) -> Result<C
         if left.is_zero() { Err(io::ErrorKind::TimedOut.into()) } else { Ok(left) }
     };
     let socket = connect(path, left()?)?;
+    // The agent makes these sockets listen; what another user put there is not a disk process of ours.
+    if !peer::is_trusted(&socket)? {
+        return Err(FrameError::Io(io::ErrorKind::PermissionDenied.into()));
+    }
     socket.set_write_timeout(Some(left()?))?;
     send(&socket, request, &[])?;
     socket.set_read_timeout(Some(left()?))?;

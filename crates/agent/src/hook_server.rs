@@ -7,13 +7,9 @@
 use std::{
     fs::{self, DirBuilder},
     io::{self, Read, Write},
-    mem,
-    os::{
-        fd::AsRawFd,
-        unix::{
-            fs::{DirBuilderExt, PermissionsExt},
-            net::{UnixListener, UnixStream},
-        },
+    os::unix::{
+        fs::{DirBuilderExt, PermissionsExt},
+        net::{UnixListener, UnixStream},
     },
     path::{Path, PathBuf},
     sync::{
@@ -26,6 +22,8 @@ use std::{
 
 use vmseal_model::hook::{FrameError, HookReply, HookRequest};
 
+use crate::peer;
+
 /// How long a request may take to arrive, and a reply to be taken.
 const EXCHANGE: Duration = Duration::from_secs(2);
 /// Callers at once; libvirtd calls one hook a domain.
@@ -33,8 +31,8 @@ const MOST: usize = 256;
 
 /// Decides what libvirt is told.
 pub trait HookHandler: Send + Sync + 'static {
-    /// The reply. Must not talk to libvirt, which waits for it.
-    fn answer(&self, request: HookRequest) -> HookReply;
+    /// The reply to what was asked at `asked`. Must not talk to libvirt, which waits for it.
+    fn answer(&self, request: HookRequest, asked: Instant) -> HookReply;
 }
 
 /// Why nobody listens.
@@ -88,10 +86,11 @@ fn serve(caller: UnixStream, handler: &Arc<dyn HookHandler>, busy: &Arc<AtomicUs
         tracing::error!("more than {MOST} hooks at once; one was turned away");
         return;
     }
+    let asked = Instant::now();
     let (handler, guard) = (Arc::clone(handler), Busy(Arc::clone(busy)));
     let spawned = thread::Builder::new().name("hook".to_owned()).spawn(move || {
         let _guard = guard;
-        if let Err(error) = exchange(&caller, &*handler) {
+        if let Err(error) = exchange(&caller, &*handler, asked) {
             tracing::warn!("a hook was not answered: {error}");
         }
     });
@@ -109,12 +108,12 @@ impl Drop for Busy {
     }
 }
 
-fn exchange(caller: &UnixStream, handler: &dyn HookHandler) -> io::Result<()> {
-    if !is_trusted(caller)? {
+fn exchange(caller: &UnixStream, handler: &dyn HookHandler, asked: Instant) -> io::Result<()> {
+    if !peer::is_trusted(caller)? {
         return Err(io::ErrorKind::PermissionDenied.into());
     }
     let Some(request) = receive(caller)? else { return Ok(()) };
-    let reply = handler.answer(request);
+    let reply = handler.answer(request, asked);
     caller.set_write_timeout(Some(EXCHANGE))?;
     { caller }.write_all(&reply.encode())
 }
@@ -144,26 +143,6 @@ fn receive(caller: &UnixStream) -> io::Result<Option<HookRequest>> {
     }
 }
 
-fn is_trusted(caller: &UnixStream) -> io::Result<bool> {
-    let mut peer = libc::ucred { pid: 0, uid: u32::MAX, gid: u32::MAX };
-    let mut len = mem::size_of::<libc::ucred>() as libc::socklen_t;
-    // SAFETY: the socket is open; `peer` and `len` outlive the call and `len` is the size of `peer`.
-    let done = unsafe {
-        libc::getsockopt(
-            caller.as_raw_fd(),
-            libc::SOL_SOCKET,
-            libc::SO_PEERCRED,
-            (&raw mut peer).cast(),
-            &raw mut len,
-        )
-    };
-    if done < 0 {
-        return Err(io::Error::last_os_error());
-    }
-    // SAFETY: takes nothing and cannot fail.
-    Ok(peer.uid == 0 || peer.uid == unsafe { libc::geteuid() })
-}
-
 #[cfg(test)]
 mod tests {
     use vmseal_model::hook::Phase;
@@ -174,7 +153,7 @@ mod tests {
     struct Echo;
 
     impl HookHandler for Echo {
-        fn answer(&self, request: HookRequest) -> HookReply {
+        fn answer(&self, request: HookRequest, _: Instant) -> HookReply {
             HookReply { code: 7, message: request.domain_name, xml: None }
         }
     }

@@ -4,7 +4,10 @@
 //! process that served them. Every other phase is told to go on, whatever is wrong; reconciling is done after libvirt's
 //! events, when libvirt can be asked. Nothing here talks to libvirt, which waits for the answer.
 
-use std::sync::Arc;
+use std::{
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use vmseal_model::{
     hook::{HookReply, HookRequest, Phase},
@@ -21,6 +24,9 @@ use crate::{
     wanted::Wanted,
 };
 
+/// How long the hook waits for `prepare`, less what it takes itself to come and go.
+const GIVE_UP: Duration = Duration::from_millis(9_500);
+
 /// What the phases need.
 pub struct Hooks {
     /// Serves disks.
@@ -36,16 +42,16 @@ pub struct Hooks {
 }
 
 impl HookHandler for Hooks {
-    fn answer(&self, request: HookRequest) -> HookReply {
+    fn answer(&self, request: HookRequest, asked: Instant) -> HookReply {
         let name = request.domain_name.as_str();
         let verdict = match (request.phase, DomainXml::parse(&request.xml)) {
-            (Phase::Prepare, Ok(xml)) => self.prepare(name, &xml),
+            (Phase::Prepare, Ok(xml)) => self.prepare(name, &xml, asked + GIVE_UP),
             (Phase::Prepare, Err(error)) => {
                 Err(format!("VM '{name}' does not start: its definition is not understood: {error}"))
             }
             (Phase::Release, Ok(xml)) => {
                 if let Some(domain) = xml.uuid() {
-                    self.release(domain);
+                    self.release(domain, asked);
                 }
                 Ok(())
             }
@@ -62,7 +68,7 @@ impl HookHandler for Hooks {
 }
 
 impl Hooks {
-    fn prepare(&self, name: &str, xml: &DomainXml) -> Result<(), String> {
+    fn prepare(&self, name: &str, xml: &DomainXml, until: Instant) -> Result<(), String> {
         let Some(domain) = xml.uuid() else {
             return Err(format!("VM '{name}' does not start: its definition has no UUID"));
         };
@@ -72,7 +78,7 @@ impl Hooks {
             ));
         }
         self.inventory.announce(domain, xml);
-        let prepared = self.starter.prepare(xml);
+        let prepared = self.starter.prepare(xml, until);
         match &prepared {
             Err(NoStart::Locked(missing)) => self.wanted.refused(domain, name, missing),
             Ok(_) | Err(NoStart::Refused(_)) => self.wanted.settled(domain),
@@ -83,8 +89,9 @@ impl Hooks {
         prepared.map(drop).map_err(|why| why.line(name))
     }
 
-    fn release(&self, domain: DomainUuid) {
+    /// `asked` keeps a call that waited from ending what a later start has begun.
+    fn release(&self, domain: DomainUuid, asked: Instant) {
         self.wanted.ended(domain);
-        self.backends.stop(domain);
+        self.backends.clear_out(domain, asked);
     }
 }

@@ -6,7 +6,6 @@
 
 use std::{
     collections::BTreeMap,
-    fs,
     path::Path,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
@@ -114,13 +113,12 @@ impl Inventory {
     /// Tells of a VM that is about to start, unless the server has heard of it as it is.
     pub fn announce(&self, domain: DomainUuid, xml: &DomainXml) {
         let vm_id = self.vm_id(domain, xml);
+        let vm = self.describe(domain, xml.name().unwrap_or_default(), VmState::Unknown, false, xml);
         let mut known = self.lock();
         let listed = |vm: &v1::Vm| vm.domain_uuid == domain.to_string() && vm.vm_id == vm_id;
         if known.sent.as_ref().is_some_and(|sent| sent.vms.iter().any(listed)) {
             return;
         }
-        let name = xml.name().unwrap_or_default();
-        let vm = self.describe(domain, name, VmState::Unknown, false, xml);
         known.vms.insert(domain, vm);
         self.send_known(&mut known);
     }
@@ -295,18 +293,17 @@ fn described(
 }
 
 fn clear(disk: &DiskView) -> v1::Disk {
-    let (source, stored_bytes) = match &disk.source {
-        DiskSource::File(path) => (path.clone(), fs::metadata(path).map_or(0, |m| m.len())),
-        DiskSource::Block(path) => (path.clone(), 0),
-        DiskSource::NbdUnix { socket, .. } => (socket.clone(), 0),
-        DiskSource::None => (String::new(), 0),
-        DiskSource::Other(kind) => (kind.clone(), 0),
+    // Not looked at: a file system that does not answer would hold up everybody.
+    let source = match &disk.source {
+        DiskSource::File(path) | DiskSource::Block(path) => path.clone(),
+        DiskSource::NbdUnix { socket, .. } => socket.clone(),
+        DiskSource::None => String::new(),
+        DiskSource::Other(kind) => kind.clone(),
     };
     v1::Disk {
         target: disk.target.clone(),
         source,
         format: disk.format.clone().unwrap_or_else(|| "raw".to_owned()),
-        stored_bytes,
         ..v1::Disk::default()
     }
 }
@@ -385,7 +382,7 @@ mod tests {
     }
 
     struct Lab {
-        scratch: Scratch,
+        _scratch: Scratch,
         hypervisor: Arc<One>,
         wanted: Arc<Wanted>,
         inventory: Inventory,
@@ -412,21 +409,18 @@ mod tests {
                 uplink,
                 Arc::new(Vec::new),
             );
-            Self { scratch, hypervisor, wanted, inventory, sent }
+            Self { _scratch: scratch, hypervisor, wanted, inventory, sent }
         }
 
         fn define(&self) -> DomainXml {
-            let clear = self.scratch.path().join("data.img");
-            fs::write(&clear, [0; 512]).unwrap();
             let socket = self.inventory.config.disk_socket(DOMAIN, "vda");
             let xml = format!(
                 "<domain><name>web01</name><uuid>{DOMAIN}</uuid><devices>\
                  <disk type='network' device='disk'><source protocol='nbd' name='{DISK}'>\
                  <host transport='unix' socket='{}'/></source><target dev='vda'/></disk>\
-                 <disk type='file' device='disk'><source file='{}'/><target dev='vdb'/></disk>\
+                 <disk type='file' device='disk'><source file='/data.img'/><target dev='vdb'/></disk>\
                  <disk type='file' device='cdrom'><target dev='sda'/></disk><tpm/></devices></domain>",
-                socket.display(),
-                clear.display()
+                socket.display()
             );
             *self.hypervisor.0.lock().unwrap() = Some(xml.clone());
             DomainXml::parse(&xml).unwrap()
@@ -474,9 +468,8 @@ mod tests {
         lab.inventory.refresh_all().unwrap();
         lab.inventory.send();
         let vm = lab.sent().unwrap().vms.remove(0);
-        let seen: Vec<_> =
-            vm.disks.iter().map(|d| (d.target.as_str(), d.encrypted, d.stored_bytes)).collect();
-        assert_eq!(seen, [("vda", true, 0), ("vdb", false, 512)]);
+        let seen: Vec<_> = vm.disks.iter().map(|d| (d.target.as_str(), d.encrypted)).collect();
+        assert_eq!(seen, [("vda", true), ("vdb", false)]);
         let text = vm.unprotected.join("\n");
         for part in ["disk vdb", "saved images", "dumps", "vTPM", "log"] {
             assert!(text.contains(part), "{text}");

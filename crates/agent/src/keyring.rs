@@ -34,6 +34,7 @@ pub struct Keyring {
     host: RwLock<Option<HostId>>,
     inner: Mutex<Inner>,
     answered: Condvar,
+    late: OnceLock<Box<dyn Fn() + Send + Sync>>,
 }
 
 #[derive(Default)]
@@ -50,8 +51,14 @@ struct Kept {
 /// One ask on its way, held by everybody who waits for it.
 struct Ask {
     request: String,
+    sent: Instant,
     answer: OnceLock<Result<Arc<Kek>, KeyMissing>>,
+    /// Who gave up waiting; the key is theirs all the same when it comes.
+    given_up: Mutex<BTreeSet<DomainUuid>>,
 }
+
+/// After so long an ask is taken for lost and sent anew.
+const LOST: Duration = Duration::from_secs(10);
 
 impl Keyring {
     /// An empty keyring with a session key of its own.
@@ -66,6 +73,7 @@ impl Keyring {
             host: RwLock::default(),
             inner: Mutex::default(),
             answered: Condvar::new(),
+            late: OnceLock::new(),
         })
     }
 
@@ -77,6 +85,11 @@ impl Keyring {
     /// The id grants are bound to, once this host has one.
     pub fn set_host(&self, host: HostId) {
         *self.host.write().unwrap_or_else(PoisonError::into_inner) = Some(host);
+    }
+
+    /// Has `call` called when a key comes for somebody who gave up waiting for it.
+    pub fn on_late(&self, call: impl Fn() + Send + Sync + 'static) {
+        let _ = self.late.set(Box::new(call));
     }
 
     /// Takes a grant. One that nobody asked for, or that does not open, is dropped.
@@ -146,17 +159,30 @@ impl Keyring {
 
     fn answer(&self, name: &KeyName, request: &str, answer: Result<Arc<Kek>, KeyMissing>) {
         let mut inner = self.lock();
-        if inner.asked.get(name).is_some_and(|ask| ask.request == request) {
-            if let Some(ask) = inner.asked.remove(name) {
-                let _ = ask.answer.set(answer);
-            }
-            self.answered.notify_all();
+        if inner.asked.get(name).is_none_or(|ask| ask.request != request) {
+            return;
+        }
+        let Some(ask) = inner.asked.remove(name) else { return };
+        let late = std::mem::take(&mut *ask.given_up.lock().unwrap_or_else(PoisonError::into_inner));
+        let wanted_late = answer.is_ok() && !late.is_empty();
+        if let Ok(kek) = &answer
+            && wanted_late
+        {
+            let kept = Kept { kek: Arc::clone(kek), users: BTreeSet::new() };
+            inner.keys.entry(name.clone()).or_insert(kept).users.extend(late);
+        }
+        let _ = ask.answer.set(answer);
+        self.answered.notify_all();
+        drop(inner);
+        if let Some(call) = self.late.get().filter(|_| wanted_late) {
+            call();
         }
     }
 
     /// Joins the ask for `name`, or begins it.
     fn ask(&self, inner: &mut Inner, name: &KeyName, purpose: &KeyPurpose) -> Result<Arc<Ask>, KeyMissing> {
-        if let Some(ask) = inner.asked.get(name) {
+        let before = inner.asked.get(name).map(Arc::clone);
+        if let Some(ask) = before.as_ref().filter(|ask| ask.sent.elapsed() < LOST) {
             return Ok(Arc::clone(ask));
         }
         let no_request = |e: SecretError| missing(name, Code::Failed, e.to_string());
@@ -175,7 +201,10 @@ impl Keyring {
             why.since_ms = down.since_ms;
             why
         })?;
-        let ask = Arc::new(Ask { request, answer: OnceLock::new() });
+        let given_up = Mutex::new(before.map_or(BTreeSet::new(), |ask| {
+            std::mem::take(&mut *ask.given_up.lock().unwrap_or_else(PoisonError::into_inner))
+        }));
+        let ask = Arc::new(Ask { request, sent: Instant::now(), answer: OnceLock::new(), given_up });
         inner.asked.insert(name.clone(), Arc::clone(&ask));
         Ok(ask)
     }
@@ -207,12 +236,8 @@ impl KeySource for Keyring {
             }
             let left = until.saturating_duration_since(Instant::now());
             if left.is_zero() {
-                // The last to give up ends the ask, so that the next one is sent anew: ours and the map's handle.
-                if Arc::strong_count(&ask) == 2
-                    && inner.asked.get(&name).is_some_and(|a| Arc::ptr_eq(a, &ask))
-                {
-                    inner.asked.remove(&name);
-                }
+                // The ask stays: its answer may come in a moment, and then the VM starts by itself.
+                ask.given_up.lock().unwrap_or_else(PoisonError::into_inner).insert(purpose.domain);
                 let reason = format!("the server did not answer within {} ms", deadline.as_millis());
                 break Err(missing(&name, Code::ServerUnreachable, reason));
             }

@@ -2,7 +2,7 @@
 //! the server.
 //!
 //! Blocking code on threads; only `session` and `join` know tokio. Binaries: `vmseal-agent`, and `vmseal-hook`,
-//! which libvirt runs and which uses nothing of this library but the frames of `vmseal-model`.
+//! which libvirt runs and which uses of this library only `peer`.
 
 pub mod accounts;
 pub mod adopt;
@@ -30,6 +30,7 @@ pub mod libvirt;
 pub mod lock;
 pub mod metadata;
 pub mod new_volume;
+pub mod peer;
 pub mod ports;
 pub mod reconcile;
 pub mod repair;

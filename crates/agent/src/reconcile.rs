@@ -12,6 +12,7 @@ use std::{
 use vmseal_model::{
     id::{DomainUuid, VmId},
     metadata::{DiskMetadata, VmMetadata},
+    record::KeyRecord,
 };
 
 use crate::{
@@ -192,10 +193,7 @@ impl Reconciler {
 
     /// Has the domain's metadata say what the store says; whether it had to be written.
     pub(crate) fn repair_metadata(&self, info: &DomainInfo, plan: &Plan) -> Result<bool, Refusal> {
-        let Some(wanted) = metadata_of(&self.store, plan.vm).filter(|wanted| self.is_stale(info, wanted))
-        else {
-            return Ok(false);
-        };
+        let Some(wanted) = self.stale_metadata(info, plan.vm) else { return Ok(false) };
         self.hypervisor.set_metadata(plan.domain, Some(&metadata_element(&wanted)))?;
         tracing::info!(domain = %plan.domain, "the metadata of VM '{}' was repaired", plan.name);
         Ok(true)
@@ -207,7 +205,9 @@ impl Reconciler {
         for disk in plan.disks.iter().filter(|disk| !disk.read_only) {
             let Some((_, stored)) = self.store.disk(disk.disk) else { continue };
             let header = disk.header.as_deref();
-            if token_record(&disk.source, header, disk.disk).as_ref() != Some(&stored.record) {
+            let token = token_record(&disk.source, header, disk.disk);
+            let newer = token.as_deref().is_some_and(|token| is_newer(token, &stored.record));
+            if token.as_ref() != Some(&stored.record) && !newer {
                 write_token_record(&disk.source, header, disk.disk, &stored.record)?;
                 tracing::info!(disk = %disk.disk, "the record in a LUKS2 header was repaired");
                 repaired = true;
@@ -216,15 +216,23 @@ impl Reconciler {
         Ok(repaired)
     }
 
-    /// Whether a definition says something else. One that cannot be read now is not called stale.
-    fn is_stale(&self, info: &DomainInfo, wanted: &VmMetadata) -> bool {
+    /// What the metadata should say, if a definition says something else. One that cannot be read now is not called
+    /// stale.
+    fn stale_metadata(&self, info: &DomainInfo, vm: VmId) -> Option<VmMetadata> {
         let kinds: &[Definition] =
             if info.persistent { &[Definition::Live, Definition::Persistent] } else { &[Definition::Live] };
-        kinds.iter().any(|kind| {
-            let Ok(xml) = self.hypervisor.xml(info.uuid, *kind) else { return false };
-            let Ok(xml) = DomainXml::parse(&xml) else { return false };
-            xml.metadata().ok().flatten().is_none_or(|now| !same(&now, wanted))
-        })
+        let read = |kind: &Definition| {
+            let xml = self.hypervisor.xml(info.uuid, *kind).ok()?;
+            Some(DomainXml::parse(&xml).ok()?.metadata().ok().flatten())
+        };
+        let now: Vec<Option<VmMetadata>> = kinds.iter().filter_map(read).collect();
+        let mut wanted = metadata_of(&self.store, vm)?;
+        for known in now.iter().flatten().filter(|known| known.vm == vm) {
+            let retired = |disk: &DiskMetadata| self.store.disk(disk.disk).is_some_and(|(_, d)| d.retired);
+            let disks = known.disks.iter().filter(|disk| !retired(disk));
+            disks.for_each(|disk| keep_newer(&mut wanted, disk));
+        }
+        now.iter().any(|now| now.as_ref().is_none_or(|now| !same(now, &wanted))).then_some(wanted)
     }
 
     /// Keys stay for the VMs of this host, which must start without the server; of others they are forgotten.
@@ -253,6 +261,27 @@ pub(crate) fn disk_metadata(disk: &StoredDisk) -> DiskMetadata {
         format: disk.format,
         class: disk.class,
         record: disk.record.clone(),
+    }
+}
+
+/// Keeps what a definition says where the store knows nothing of a disk, or something older: a store can have been put
+/// back from a backup, and only a start verifies who is right.
+fn keep_newer(wanted: &mut VmMetadata, known: &DiskMetadata) {
+    match wanted.disks.iter_mut().find(|disk| disk.disk == known.disk) {
+        None => wanted.disks.push(known.clone()),
+        Some(ours) if is_newer(&known.record, &ours.record) => ours.record.clone_from(&known.record),
+        Some(_) => {}
+    }
+}
+
+/// Whether a copy is of the same disk and says a higher epoch. Not verified: reason to leave it, not to use it.
+fn is_newer(copy: &[u8], than: &[u8]) -> bool {
+    match (KeyRecord::decode(copy), KeyRecord::decode(than)) {
+        (Ok(copy), Ok(than)) => {
+            (copy.head.vm, copy.head.disk()) == (than.head.vm, than.head.disk())
+                && copy.state.epoch > than.state.epoch
+        }
+        _ => false,
     }
 }
 

@@ -54,7 +54,7 @@ impl Repairer {
     }
 
     fn serve(&self, info: &DomainInfo, plan: &Plan) -> Result<(), Refusal> {
-        self.starter.serve(plan.clone(), PATIENCE).map_err(|why| match why {
+        self.starter.serve_running(plan.clone(), PATIENCE).map_err(|why| match why {
             NoStart::Locked(missing) => {
                 self.reconciler.wanted.lost(Arc::new(plan.clone()));
                 Refusal::from(missing).hint(format!("vmseal vm show {}", info.name))

@@ -22,7 +22,7 @@ use vmseal_model::{
 
 use self::plan::{Plan, PlannedDisk};
 use crate::{
-    backend::{BackendError, Backends},
+    backend::{BackendError, Backends, Why},
     causes::causes,
     choice::{Candidate, Chosen, NoChoice, Origin, choose, open_record},
     config::AgentConfig,
@@ -101,23 +101,28 @@ impl NoStart {
 }
 
 impl Starter {
-    /// Serves the disks of a domain that is about to start; its plan, or none if no disk is ours.
+    /// Serves the disks of a domain that is about to start; its plan, or none if no disk is ours. At `until` libvirt
+    /// gives up.
     ///
     /// # Errors
     ///
     /// [`NoStart`]; nothing was left behind.
-    pub fn prepare(&self, xml: &DomainXml) -> Result<Option<Plan>, NoStart> {
+    pub fn prepare(&self, xml: &DomainXml, until: Instant) -> Result<Option<Plan>, NoStart> {
         let Some(plan) = plan::plan(xml, &self.config, &self.store)? else { return Ok(None) };
-        self.serve(plan.clone(), PATIENCE)?;
+        self.serve(plan.clone(), Why::Starts { until }, PATIENCE)?;
         Ok(Some(plan))
     }
 
-    /// Serves a plan; keys and floors may take as long as `patience`.
+    /// Serves the disks of a guest that runs already; keys and floors may take as long as `patience`.
     ///
     /// # Errors
     ///
     /// As [`Starter::prepare`].
-    pub fn serve(&self, plan: Plan, patience: Duration) -> Result<(), NoStart> {
+    pub fn serve_running(&self, plan: Plan, patience: Duration) -> Result<(), NoStart> {
+        self.serve(plan, Why::Runs, patience)
+    }
+
+    fn serve(&self, plan: Plan, why: Why, patience: Duration) -> Result<(), NoStart> {
         let until = Instant::now() + patience;
         // Keys first: without them a process that is there is better left alone.
         let (chosen, floors) = self.unlock(&plan, until)?;
@@ -127,7 +132,7 @@ impl Starter {
             self.tell_of_stale(&plan, disk, &chosen.stale);
         }
         let remembered = plan.clone();
-        self.backends.start(plan, || self.open(&disks, chosen))?;
+        self.backends.start(plan, why, || self.open(&disks, chosen))?;
         self.remember(&remembered, &records, floors.as_ref());
         Ok(())
     }

@@ -1,10 +1,10 @@
 //! VMs that should run and cannot yet: refused for want of a key, or running without the process that served their
 //! disks.
 //!
-//! Refused starts and lost processes in, starts and new processes out, on a thread of its own, whenever somebody rings
-//! because keys may be there. A refused start is tried once a ring; a lost process every few seconds, for a guest waits
-//! for it. Refused starts outlive the agent in `<run dir>/wanted.json`, and are forgotten with the run directory at a
-//! reboot, where autostart says anew what is wanted.
+//! Refused starts and lost processes in, starts and new processes out, on two threads, whenever somebody rings because
+//! keys may be there. A refused start is tried once a ring, and now and then where only the server did not answer; a
+//! lost process every few seconds, for a guest waits for it. Refused starts outlive the agent in
+//! `<state dir>/wanted.json` and are forgotten at a reboot, where autostart says anew what is wanted.
 
 use std::{
     collections::BTreeMap,
@@ -30,6 +30,8 @@ use crate::{
 
 /// Between two tries to serve a guest that waits.
 const PAUSE: Duration = Duration::from_secs(2);
+/// Between two tries to start a VM whose key the server did not give in time.
+const AGAIN: Duration = Duration::from_secs(20);
 /// How long keys may take for such a guest.
 const PATIENCE: Duration = Duration::from_secs(8);
 /// Version of the file.
@@ -50,7 +52,8 @@ struct State {
     refused: BTreeMap<DomainUuid, Wish>,
     /// Guests without their process.
     lost: BTreeMap<DomainUuid, Lost>,
-    rung: bool,
+    rung_for_lost: bool,
+    rung_for_refused: bool,
     notes: u64,
 }
 
@@ -72,8 +75,8 @@ struct Lost {
 
 impl Wanted {
     /// Those that an earlier run of the agent left; see [`Wanted::work`].
-    pub fn open(run_dir: &std::path::Path) -> Self {
-        let file = run_dir.join("wanted.json");
+    pub fn open(state_dir: &std::path::Path) -> Self {
+        let file = state_dir.join("wanted.json");
         let refused = read(&file).unwrap_or_else(|error| {
             tracing::warn!("which VMs were wanted is not known: {}: {error}", file.display());
             BTreeMap::new()
@@ -106,7 +109,7 @@ impl Wanted {
     pub fn lost(&self, plan: Arc<Plan>) {
         let mut state = self.lock();
         state.lost.insert(plan.domain, Lost { plan, missing: None, said: String::new() });
-        state.rung = true;
+        state.rung_for_lost = true;
         drop(state);
         self.bell.notify_all();
     }
@@ -130,11 +133,14 @@ impl Wanted {
 
     /// Keys may be there: try.
     pub fn ring(&self) {
-        self.lock().rung = true;
+        {
+            let mut state = self.lock();
+            (state.rung_for_lost, state.rung_for_refused) = (true, true);
+        }
         self.bell.notify_all();
     }
 
-    /// Tries for ever, on a thread of its own; `changed` is called with every domain whose state changed.
+    /// Tries for ever, on threads of its own; `changed` is called with every domain whose state changed.
     ///
     /// # Errors
     ///
@@ -144,29 +150,38 @@ impl Wanted {
         starter: Arc<Starter>,
         hypervisor: Arc<dyn Hypervisor>,
         uplink: Arc<Uplink>,
-        changed: impl Fn(DomainUuid) + Send + 'static,
+        changed: impl Fn(DomainUuid) + Send + Sync + 'static,
     ) -> io::Result<()> {
         let worker =
             Worker { wanted: Arc::clone(self), starter, hypervisor, uplink, changed: Box::new(changed) };
-        thread::Builder::new().name("wanted".to_owned()).spawn(move || worker.run())?;
+        let (worker, starts) = (Arc::new(worker), thread::Builder::new().name("wanted-starts".to_owned()));
+        // Apart: a start that libvirt does not finish must not keep running guests from their disks.
+        let of_refused = Arc::clone(&worker);
+        starts.spawn(move || of_refused.start_refused())?;
+        thread::Builder::new().name("wanted-disks".to_owned()).spawn(move || worker.serve_lost())?;
         Ok(())
     }
 
-    /// Waits for a ring, or until guests have waited long enough; true after a ring.
-    fn wait(&self) -> bool {
+    /// Waits for a ring, or as long as `at_most` says; true after a ring.
+    fn wait(
+        &self,
+        rung: impl Fn(&mut State) -> &mut bool,
+        at_most: impl Fn(&State) -> Option<Duration>,
+    ) -> bool {
         let mut state = self.lock();
         loop {
-            if std::mem::take(&mut state.rung) {
+            if std::mem::take(rung(&mut state)) {
                 return true;
             }
-            if state.lost.is_empty() {
+            let Some(at_most) = at_most(&state) else {
                 state = self.bell.wait(state).unwrap_or_else(PoisonError::into_inner);
                 continue;
-            }
-            let (again, late) = self.bell.wait_timeout(state, PAUSE).unwrap_or_else(PoisonError::into_inner);
+            };
+            let (again, late) =
+                self.bell.wait_timeout(state, at_most).unwrap_or_else(PoisonError::into_inner);
             state = again;
             if late.timed_out() {
-                return false;
+                return std::mem::take(rung(&mut state));
             }
         }
     }
@@ -187,19 +202,29 @@ struct Worker {
     starter: Arc<Starter>,
     hypervisor: Arc<dyn Hypervisor>,
     uplink: Arc<Uplink>,
-    changed: Box<dyn Fn(DomainUuid) + Send>,
+    changed: Box<dyn Fn(DomainUuid) + Send + Sync>,
 }
 
 impl Worker {
-    fn run(&self) {
+    fn serve_lost(&self) {
         loop {
-            let rung = self.wanted.wait();
+            self.wanted.wait(|state| &mut state.rung_for_lost, |s| (!s.lost.is_empty()).then_some(PAUSE));
             let lost: Vec<Lost> = self.wanted.lock().lost.values().cloned().collect();
             lost.into_iter().for_each(|lost| self.serve(lost));
-            if rung {
-                let refused = self.wanted.lock().refused.clone();
-                refused.into_iter().for_each(|(domain, wish)| self.start(domain, &wish));
-            }
+        }
+    }
+
+    fn start_refused(&self) {
+        let unanswered = |wish: &Wish| wish.missing.code == Code::ServerUnreachable;
+        loop {
+            let rung = self.wanted.wait(
+                |state| &mut state.rung_for_refused,
+                |state| state.refused.values().any(unanswered).then_some(AGAIN),
+            );
+            let mut refused = self.wanted.lock().refused.clone();
+            // A key that a server said is missing is not asked for before something changed.
+            refused.retain(|_, wish| rung || (unanswered(wish) && self.uplink.is_up()));
+            refused.into_iter().for_each(|(domain, wish)| self.start(domain, &wish));
         }
     }
 
@@ -214,7 +239,7 @@ impl Worker {
             // Where libvirtd cannot say, the guest may well run.
             _ => {}
         }
-        let (missing, said) = match self.starter.serve((*lost.plan).clone(), PATIENCE) {
+        let (missing, said) = match self.starter.serve_running((*lost.plan).clone(), PATIENCE) {
             Ok(()) => {
                 self.wanted.ended(domain);
                 let now = Instant::now();
@@ -289,6 +314,7 @@ fn earlier(a: i64, b: i64) -> i64 {
 #[derive(Serialize, Deserialize)]
 struct WantedFile {
     version: u32,
+    boot: String,
     vms: Vec<WantedVm>,
 }
 
@@ -314,6 +340,9 @@ fn read(file: &std::path::Path) -> io::Result<BTreeMap<DomainUuid, Wish>> {
     if found.version != VERSION {
         return Err(io::Error::other(format!("its version is {}", found.version)));
     }
+    if found.boot != boot_id() {
+        return Ok(BTreeMap::new());
+    }
     let wish = |vm: WantedVm| {
         let kek = unhex(&vm.kek).and_then(KekId::from_bytes)?;
         let code = Code::from_word(&vm.code).unwrap_or(Code::KeyMissing);
@@ -334,11 +363,17 @@ fn write(file: &std::path::Path, refused: &BTreeMap<DomainUuid, Wish>) -> io::Re
         code: wish.missing.code.as_str().to_owned(),
         since_ms: wish.missing.since_ms,
     };
-    let content = WantedFile { version: VERSION, vms: refused.iter().map(vm).collect() };
+    let content = WantedFile { version: VERSION, boot: boot_id(), vms: refused.iter().map(vm).collect() };
     let tmp = file.with_extension("tmp");
-    // Of a run directory nothing outlives a crash of the machine, so nothing is flushed.
+    // Nothing of it counts after a crash of the machine, so nothing is flushed.
     fs::write(&tmp, serde_json::to_vec_pretty(&content)?)?;
     fs::rename(&tmp, file)
+}
+
+/// Another one after every boot.
+fn boot_id() -> String {
+    let read = fs::read_to_string("/proc/sys/kernel/random/boot_id");
+    read.map(|text| text.trim().to_owned()).unwrap_or_default()
 }
 
 #[cfg(test)]
@@ -369,12 +404,18 @@ mod tests {
         assert_eq!(again.locked(DOMAIN), Some((missing(5), true)));
         again.settled(DOMAIN);
         assert_eq!(Wanted::open(scratch.path()).locked(DOMAIN), None);
+
+        wanted.refused(DOMAIN, "web01", &missing(5));
+        let file = scratch.path().join("wanted.json");
+        let text = fs::read_to_string(&file).unwrap();
+        fs::write(&file, text.replace(&boot_id(), "of an earlier boot")).unwrap();
+        assert_eq!(Wanted::open(scratch.path()).locked(DOMAIN), None, "a reboot forgets it");
     }
 
     #[test]
     fn damaged_file_is_no_file() {
         let scratch = Scratch::new();
-        for text in ["", "{", "{\"version\":2,\"vms\":[]}"] {
+        for text in ["", "{", "{\"version\":2,\"boot\":\"\",\"vms\":[]}"] {
             fs::write(scratch.path().join("wanted.json"), text).unwrap();
             assert_eq!(Wanted::open(scratch.path()).locked(DOMAIN), None);
         }

@@ -51,7 +51,6 @@ fn vm_without_a_process_has_none_to_take_on_or_to_end() {
     let backends = backends(&scratch);
     assert!(!backends.adopt(&plan()).unwrap());
     assert!(backends.status(DOMAIN).is_none());
-    backends.stop(DOMAIN);
     backends.clear_out(DOMAIN, Instant::now());
 }
 
@@ -62,7 +61,7 @@ fn dead_socket_of_a_killed_process_is_no_process() {
     fs::create_dir_all(backends.config.vm_dir(DOMAIN)).unwrap();
     drop(UnixListener::bind(backends.config.control_socket(DOMAIN)).unwrap());
     assert!(!backends.adopt(&plan()).unwrap());
-    backends.stop(DOMAIN);
+    backends.clear_out(DOMAIN, Instant::now());
     assert!(!backends.config.vm_dir(DOMAIN).exists());
 }
 
@@ -102,7 +101,43 @@ fn what_open_refuses_is_the_answer_and_nothing_is_made() {
     let scratch = Scratch::new();
     let backends = backends(&scratch);
     let refused = Refusal::new(Code::Integrity, "wrong");
-    let answer = backends.start(plan(), || Err(refused.clone()));
+    let until = Instant::now() + Duration::from_secs(60);
+    let answer = backends.start(plan(), Why::Starts { until }, || Err(refused.clone()));
     assert_eq!(answer, Err(refused));
     assert!(!backends.config.vm_dir(DOMAIN).exists());
+}
+
+#[test]
+fn nothing_is_started_for_a_caller_that_has_given_up() {
+    let scratch = Scratch::new();
+    let backends = backends(&scratch);
+    let why = Why::Starts { until: Instant::now() };
+    let answer: Result<(), BackendError> = backends.start(plan(), why, || panic!("opened for nobody"));
+    assert!(matches!(answer, Err(BackendError::TooLate)));
+}
+
+#[test]
+fn process_of_a_running_guest_is_kept_and_not_replaced() {
+    let scratch = Scratch::new();
+    let backends = backends(&scratch);
+    let mut keeper = sleeper();
+    let answering = answer_once(&backends, VM, keeper.id() as i32);
+    let open = || -> Result<_, BackendError> { panic!("opened although it is served") };
+    backends.start(plan(), Why::Runs, open).unwrap();
+    answering.join().unwrap();
+    // Known from now on, so it is not even asked.
+    backends.start(plan(), Why::Runs, open).unwrap();
+    assert!(keeper.try_wait().unwrap().is_none());
+    keeper.kill().unwrap();
+    keeper.wait().unwrap();
+}
+
+#[test]
+fn sockets_of_a_silent_process_stay_since_it_is_found_by_them_alone() {
+    let scratch = Scratch::new();
+    let backends = backends(&scratch);
+    fs::create_dir_all(backends.config.vm_dir(DOMAIN)).unwrap();
+    let _silent = UnixListener::bind(backends.config.control_socket(DOMAIN)).unwrap();
+    backends.clear_out(DOMAIN, Instant::now());
+    assert!(backends.config.control_socket(DOMAIN).exists());
 }

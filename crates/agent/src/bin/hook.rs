@@ -140,6 +140,13 @@ impl Call {
             extra: shortened(&self.extra),
             xml,
         };
+        if !vmseal_agent::peer::is_trusted(&socket).unwrap_or(false) {
+            return Err(format!(
+                "encrypted VM '{}' cannot start: {} is not the vmseal agent's, another user listens there; see who: 'ss -xlp'",
+                self.name,
+                path.display()
+            ));
+        }
         self.exchange(socket, &request.encode()).map_err(|e| match e {
             Exchange::TooLate => self.too_late(),
             Exchange::Io(e) => format!(

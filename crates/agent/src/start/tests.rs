@@ -124,7 +124,7 @@ impl Lab {
              <target dev='vda'/></disk></devices></domain>",
             socket.display()
         );
-        self.starter.prepare(&DomainXml::parse(&xml).unwrap())
+        self.starter.prepare(&DomainXml::parse(&xml).unwrap(), Instant::now() + Duration::from_secs(60))
     }
 
     fn refusal(&self) -> Refusal {
@@ -139,7 +139,7 @@ impl Lab {
 fn clear_vm_is_none_of_ours() {
     let lab = Lab::new(true);
     let xml = DomainXml::parse("<domain><name>a</name></domain>").unwrap();
-    assert_eq!(lab.starter.prepare(&xml), Ok(None));
+    assert_eq!(lab.starter.prepare(&xml, Instant::now()), Ok(None));
 }
 
 #[test]
