@@ -5,8 +5,8 @@
 
 use std::{fs, sync::Once, thread, time::Duration};
 
-/// Names of programs that daemonize: libvirtd's QEMU, the agent's disk processes. The kernel cuts them at 15 bytes.
-const DAEMONS: [&str; 2] = ["qemu-system-x86", "vmseal-disk"];
+/// How the names of programs begin that daemonize: libvirtd's QEMUs, of every target, and the agent's disk processes.
+const DAEMONS: [&str; 2] = ["qemu-system-", "vmseal-disk"];
 
 /// Begins, once a process.
 pub(crate) fn take_in() {
@@ -34,7 +34,10 @@ fn reap() {
             continue;
         };
         let mut words = rest.split_whitespace();
-        if DAEMONS.contains(&name) && words.next() == Some("Z") && words.next() == Some(&own) {
+        if DAEMONS.iter().any(|daemon| name.starts_with(daemon))
+            && words.next() == Some("Z")
+            && words.next() == Some(&own)
+        {
             let mut status = 0;
             // SAFETY: `status` outlives the call; it is a child that has ended.
             unsafe { libc::waitpid(pid, &raw mut status, libc::WNOHANG) };

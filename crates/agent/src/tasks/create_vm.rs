@@ -116,7 +116,7 @@ fn disk(
         }
         (false, None) => {
             Err(Refusal::new(Code::NotFound, format!("{path} is not there, and no size is given"))
-                .hint(format!("vmseal vm create --xml FILE --disk {}=10G", disk.target)))
+                .hint(format!("vmseal vm create --xml FILE --disk-size {}=10G", disk.target)))
         }
     }
 }

@@ -182,7 +182,7 @@ fn new_vm_has_no_clear_disk_when_it_is_defined() {
     let before = lab.files();
     let refused = lab.run_as(TaskId::from_bytes([1; 16]), create(&[]));
     assert_eq!(refused.code, Some(Code::NotFound));
-    assert!(refused.hint.contains("--disk vdb=10G"), "{refused:?}");
+    assert!(refused.hint.contains("--disk-size vdb=10G"), "{refused:?}");
     let refused = lab.run_as(TaskId::from_bytes([2; 16]), create(&[("vdz", 1)]));
     assert_eq!(refused.code, Some(Code::BadRequest), "{refused:?}");
     let refused = lab.run_as(TaskId::from_bytes([3; 16]), create(&[("vda", 1 << 20), ("vdb", 1 << 20)]));
