@@ -183,6 +183,38 @@ impl House {
         ]);
     }
 
+    /// Brings a provider back from its backup.
+    pub fn import_provider(&self, name: &str) {
+        let password = self.lab.state.join("backup-password");
+        self.must_vmseal(&[
+            "provider",
+            "import",
+            path(&self.backup(name)),
+            "--password-file",
+            path(&password),
+        ]);
+    }
+
+    /// Recovers a volume's key from the backup of `main`, as an administrator without a server would: a file of 64
+    /// bytes.
+    pub fn recover_key(&self, volume: &Path) -> PathBuf {
+        let key = self.lab.state.join("recovered.key");
+        let _ = fs::remove_file(&key);
+        self.must_vmseal(&[
+            "key",
+            "recover",
+            "--volume",
+            path(volume),
+            "--backup",
+            path(&self.backup("main")),
+            "--password-file",
+            path(&self.lab.state.join("backup-password")),
+            "--out",
+            path(&key),
+        ]);
+        key
+    }
+
     /// Where the backup of a provider is.
     pub fn backup(&self, name: &str) -> PathBuf {
         self.lab.state.join(format!("{name}.p12"))

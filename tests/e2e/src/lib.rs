@@ -9,3 +9,8 @@ pub mod libvirtd;
 mod orphans;
 pub mod scan;
 pub mod shell;
+
+/// How often a test does its thing: `small` in `make test`, `full` in `make soak-NAME`, which sets `VMSEAL_SOAK`.
+pub fn rounds(small: usize, full: usize) -> usize {
+    if std::env::var_os("VMSEAL_SOAK").is_some() { full } else { small }
+}

@@ -115,12 +115,20 @@ pub fn memory_with(pid: i32, needles: &[&[u8]]) -> Vec<usize> {
 
 /// Numbers of the needles in a core dump that gdb takes of a process, register notes included.
 pub fn core_with(pid: i32, folder: &Path, needles: &[&[u8]]) -> Vec<usize> {
-    let prefix = folder.join("core");
-    let outcome = shell::run_within(
-        shell::tool("gcore").arg("-a").arg("-o").arg(&prefix).arg(pid.to_string()),
-        Duration::from_secs(120),
-    );
+    core_after(pid, folder, &[], needles)
+}
+
+/// The same after some commands to gdb. Everything that may be dumped is, as by `gcore -a`.
+pub fn core_after(pid: i32, folder: &Path, commands: &[String], needles: &[&[u8]]) -> Vec<usize> {
     let core = folder.join(format!("core.{pid}"));
+    let mut gdb = shell::tool("gdb");
+    gdb.args(["-nx", "-batch", "-ex", "set use-coredump-filter off", "-ex", "set dump-excluded-mappings on"]);
+    gdb.arg("-p").arg(pid.to_string());
+    commands.iter().for_each(|command| {
+        gdb.args(["-ex", command]);
+    });
+    gdb.arg("-ex").arg(format!("generate-core-file {}", core.display()));
+    let outcome = shell::run_within(&mut gdb, Duration::from_secs(120));
     let file = fs::File::open(&core)
         .unwrap_or_else(|e| panic!("gcore of {pid} made no core ({e}): {}", outcome.all()));
     let found = stream_with(file, needles);

@@ -7,18 +7,13 @@ use std::{
     time::{Duration, Instant},
 };
 
-use vmseal_e2e::{domain::Guest, house::House, lab::Lab, shell};
+use vmseal_e2e::{domain::Guest, house::House, lab::Lab, rounds, shell};
 
 #[derive(Debug, Clone, Copy)]
 enum Agent {
     Dead,
     Stopped,
     Garbage,
-}
-
-/// Times each state is met: once in `make test`.
-fn rounds() -> usize {
-    if std::env::var_os("VMSEAL_SOAK").is_some() { 10 } else { 1 }
 }
 
 #[test]
@@ -29,7 +24,7 @@ fn guest_lives_and_list_answers_whatever_the_agent_does() {
     house.define(&guest);
     house.define(&clear);
     house.must_vmseal(&["vm", "encrypt", "sealed"]);
-    for _ in 0..rounds() {
+    for _ in 0..rounds(1, 10) {
         for agent in [Agent::Dead, Agent::Stopped, Agent::Garbage] {
             let begin = Instant::now();
             phases_with(&mut house, &guest, &clear, agent);

@@ -1,12 +1,13 @@
 //! The data key and its schedule are in no other process, in no core dump.
 
-use std::fs;
-
-use vmseal_e2e::{
-    house::{House, path},
-    lab::Lab,
-    scan,
+use std::{
+    fs,
+    io::Read,
+    path::{Path, PathBuf},
+    process::{Command, Stdio},
 };
+
+use vmseal_e2e::{house::House, lab::Lab, scan};
 
 const NOTHING: [usize; 0] = [];
 
@@ -19,20 +20,8 @@ fn data_key_is_in_no_memory_and_no_core_of_anyone_but_the_disk() {
     let mut console = house.boot(&guest);
     console.sh("dd if=/dev/urandom of=/dev/vda bs=1M count=16 2>/dev/null; sync; dd if=/dev/vda of=/dev/null bs=1M 2>/dev/null");
 
-    let key = house.lab.state.join("recovered.key");
-    let volume = format!("{}.vmseal", guest.disks[0].1.display());
-    house.must_vmseal(&[
-        "key",
-        "recover",
-        "--volume",
-        &volume,
-        "--backup",
-        path(&house.backup("main")),
-        "--password-file",
-        path(&house.lab.state.join("backup-password")),
-        "--out",
-        path(&key),
-    ]);
+    let volume = PathBuf::from(format!("{}.vmseal", guest.disks[0].1.display()));
+    let key = house.recover_key(&volume);
     let bytes: [u8; 64] = fs::read(&key).unwrap().try_into().expect("a volume key has 64 bytes");
     fs::remove_file(&key).unwrap();
     let halves: [[u8; 32]; 2] = [bytes[..32].try_into().unwrap(), bytes[32..].try_into().unwrap()];
@@ -40,14 +29,10 @@ fn data_key_is_in_no_memory_and_no_core_of_anyone_but_the_disk() {
     let mut needles: Vec<&[u8]> = halves.iter().map(|h| &h[..]).collect();
     needles.extend(rounds.iter().map(|r| &r[..]));
 
-    // The search must be able to find: a key planted in this very process is found, in memory and in a core.
-    let planted = Box::new(*b"VMSEAL-TEST-SECRET-planted-key-!");
-    let me = std::process::id() as i32;
-    assert_eq!(scan::memory_with(me, &[&planted[..]]), [0]);
-
     let (keeper, worker) = house.disk_pids("secret").expect("the disk answers");
     let qemu = house.libvirtd.qemu_pid("secret").expect("QEMU runs");
     let folder = house.lab.folder("cores");
+    planted_key_is_found(&folder);
     for (name, pid) in [
         ("agent", house.agent_pid()),
         ("server", house.server_pid()),
@@ -77,4 +62,32 @@ fn data_key_is_in_no_memory_and_no_core_of_anyone_but_the_disk() {
         assert_eq!(scan::core_with(worker, &folder, &[&bytes[..]]), NOTHING);
     }
     house.power_off(&guest, &mut console);
+}
+
+/// The search must be able to find: a key in another process's memory, in its core, in a register of it only.
+fn planted_key_is_found(folder: &Path) {
+    let key = *b"VMSEAL-TEST-SECRET-planted-key-!";
+    let rounds = scan::aes256_round_keys(&key);
+    let schedule: Vec<String> = rounds[..15].concat().iter().map(|b| format!("{b:02x}")).collect();
+    let script = format!("key = bytes.fromhex('{}'); print('ready', flush=True); input()", schedule.concat());
+    let mut holder = Command::new("python3")
+        .args(["-c", &script])
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .spawn()
+        .expect("python3 starts");
+    let mut said = [0u8; 5];
+    holder.stdout.as_mut().expect("it is piped").read_exact(&mut said).expect("it gets ready");
+    let pid = holder.id() as i32;
+    let needles = [&key[..], &rounds[14][..], b"VMSEAL-NOT-THERE"];
+    assert_eq!(scan::memory_with(pid, &needles), [0, 1]);
+    assert_eq!(scan::core_with(pid, folder, &needles), [0, 1]);
+
+    let register = *b"IN-REGISTER-ONLY";
+    assert_eq!(scan::core_with(pid, folder, &[&register]), NOTHING);
+    let number = |half: &[u8]| u64::from_le_bytes(half.try_into().expect("8 bytes"));
+    let sets = [0, 1].map(|i| format!("set $xmm7.v2_int64[{i}] = {:#x}", number(&register[8 * i..][..8])));
+    assert_eq!(scan::core_after(pid, folder, &sets, &[&register]), [0], "register notes are not searched");
+    holder.kill().expect("it is ours");
+    holder.wait().expect("it is ours");
 }
