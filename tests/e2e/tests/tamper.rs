@@ -249,7 +249,10 @@ fn running_volume_is_closed_to_everybody_else() {
     assert!(!stranger.ok(), "{}", stranger.all());
     let status =
         vmseal_e2e::scan::disk_status(&socket.with_file_name("control.sock")).expect("the disk answers");
-    assert!(status.disks[0].refused_clients >= 1, "{status:?}");
+    assert!(status.disks[0].refused_clients >= 2, "{status:?}");
+    assert_eq!(status.disks[0].client_pid, house.libvirtd.qemu_pid("busy").expect("QEMU runs"));
+    let log = fs::read_to_string(house.lab.state.join(format!("logs/disk-{uuid}.log"))).unwrap();
+    assert!(log.matches("vda: refused").count() >= 2, "{log}");
     console.sh("dd if=/dev/vda of=/dev/null bs=64k count=8 2>/dev/null");
     house.power_off(&guest, &mut console);
 }
