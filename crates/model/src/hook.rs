@@ -71,8 +71,11 @@ impl Phase {
     }
 
     /// How long the hook may wait in all, milliseconds.
+    ///
+    /// libvirt calls `stopped` and `release` one after the other with the domain locked, and `virsh list` waits for
+    /// both: together they must be well below the two seconds it may take.
     pub fn deadline_ms(self) -> u64 {
-        if self.may_refuse() { 10_000 } else { 1_000 }
+        if self.may_refuse() { 10_000 } else { 800 }
     }
 }
 
