@@ -57,17 +57,25 @@ pub(crate) fn idle_domain(world: &World, domain: DomainUuid) -> Result<Idle, Ref
                  managedsave-remove {shell_name}"
         )));
     }
+    let xml = DomainXml::parse(&hv.xml(domain, Definition::Persistent)?)?;
     let snapshots = hv.snapshots(domain)?;
     if snapshots > 0 {
         let text = format!(
             "{name} has {snapshots} snapshots or checkpoints; a revert would bring its old disks back"
         );
+        let served = xml.disks().iter().any(|disk| matches!(disk.source, DiskSource::NbdUnix { .. }));
+        let first = if served {
+            format!(
+                "virsh start {shell_name}: libvirt deletes snapshots of an encrypted disk only while the VM runs; "
+            )
+        } else {
+            String::new()
+        };
         return Err(Refusal::new(Code::VmHasSnapshots, text).hint(format!(
-            "virsh snapshot-list {shell_name}; virsh checkpoint-list {shell_name}; delete each: virsh snapshot-delete \
+            "{first}virsh snapshot-list {shell_name}; virsh checkpoint-list {shell_name}; delete each: virsh snapshot-delete \
              {shell_name} NAME, virsh checkpoint-delete {shell_name} NAME"
         )));
     }
-    let xml = DomainXml::parse(&hv.xml(domain, Definition::Persistent)?)?;
     Ok(Idle { info, xml })
 }
 

@@ -3,7 +3,7 @@
 use std::{fs, os::unix::fs::symlink, process::Command, sync::atomic::Ordering};
 
 use vmseal_model::{
-    id::DomainUuid,
+    id::{DomainUuid, TaskId},
     refusal::Code,
     state::{InnerFormat, VmState},
     task::{SourceFate, TaskState},
@@ -72,6 +72,11 @@ fn vm_with_snapshots_or_a_saved_image() {
     *lab.libvirt.snapshots.lock().unwrap() = 2;
     let message = refused(lab, all(), Code::VmHasSnapshots, "virsh snapshot-delete web01");
     assert!(message.contains("2 snapshots"));
+    let mut lab = one_raw();
+    assert_eq!(lab.run_as(TaskId::from_bytes([1; 16]), all()).state, TaskState::Succeeded);
+    *lab.keys.asked.lock().unwrap() = 0;
+    *lab.libvirt.snapshots.lock().unwrap() = 1;
+    refused(lab, decrypt(&[], SourceFate::Wipe), Code::VmHasSnapshots, "virsh start web01: libvirt deletes");
     let lab = one_raw();
     lab.libvirt.saved.store(true, Ordering::Release);
     refused(lab, all(), Code::VmHasSavedImage, "virsh managedsave-remove web01");
