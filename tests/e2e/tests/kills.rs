@@ -30,10 +30,13 @@ while [ $i -ge $low ]; do
 done; echo "checked $((last - low + 1)) bad $bad errors $(wc -l < /run/errors)""#;
 
 fn acked(console: &mut Console) -> u64 {
-    // The shell's prompt may stand before it.
-    let said = console.sh("cat /run/acked");
-    let last = said.split_whitespace().last().and_then(|word| word.parse().ok());
-    last.unwrap_or_else(|| panic!("no number in: {said}"))
+    let mut number = None;
+    // The shell's prompt may stand before it; while the writer replaces it, there is none.
+    shell::until("the guest says what it wrote", Duration::from_secs(20), || {
+        number = console.sh("cat /run/acked").split_whitespace().last().and_then(|word| word.parse().ok());
+        number.is_some()
+    });
+    number.expect("it was waited for")
 }
 
 /// Waits until the guest got an acknowledgement after now: I/O goes on.
