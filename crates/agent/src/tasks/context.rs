@@ -161,6 +161,7 @@ impl Context {
         let path = self.journal.path().to_owned();
         (self.journal, self.entries) = Journal::recover(&path)?;
         self.resumed = true;
+        self.committed = false;
         self.progress = Progress::default();
         Ok(())
     }

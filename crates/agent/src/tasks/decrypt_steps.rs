@@ -5,8 +5,9 @@
 
 use std::{fs::File, path::Path};
 
+use serde::Deserialize;
 use serde_json::{Value, json};
-use vmseal_model::{control::Job, metadata::VmMetadata, refusal::Code, task::SourceFate};
+use vmseal_model::{control::Job, id::DomainUuid, metadata::VmMetadata, refusal::Code, task::SourceFate};
 
 use crate::{
     domain_xml::{DiskSource, DomainXml},
@@ -14,12 +15,12 @@ use crate::{
     tasks::{
         context::Context,
         encrypt_steps::about,
-        hold::{lock_source, patiently},
+        hold::{lock_again, lock_source, patiently},
         image::shell,
         pass::Pass,
         plan::{ClearDisk, DecryptPlan, Identity, for_job},
         refusal::{Halt, Refusal, io_refusal},
-        switch::Switch,
+        switch::{NewFiles, Switch, settle},
         unlock, wipe,
     },
     volume::{OpenVolume, open_locked, open_regular},
@@ -37,6 +38,7 @@ struct Held {
 pub(crate) fn run(ctx: &mut Context, plan: &DecryptPlan) -> Result<String, Halt> {
     ctx.set_total(plan.disks.iter().map(|d| d.bytes.saturating_mul(2)).fold(0, u64::saturating_add));
     let mut all: Vec<Held> = plan.disks.iter().map(|_| Held::default()).collect();
+    settle(ctx, plan, |ctx| switch(ctx, plan))?;
     if !ctx.is_done("", "switched")
         && let Err(halt) = up_to_switch(ctx, plan, &mut all)
     {
@@ -138,7 +140,9 @@ fn verified(ctx: &mut Context, plan: &DecryptPlan, disk: &ClearDisk, held: &mut 
     ctx.count_done(&disk.target, "verified", disk.bytes);
     ctx.step(&disk.target, "verified", |ctx| {
         let sha256 = pass(ctx, plan, disk, held, Job::Verify)?;
-        Ok(json!({ "sha256": sha256 }))
+        let clear = held.clear.as_ref().expect("the pass opened it");
+        let clear = clear.metadata().map_err(|e| io_refusal("look at", Path::new(&disk.clear), &e))?;
+        Ok(json!({ "sha256": sha256, "clear": Identity::of(&clear) }))
     })
 }
 
@@ -166,14 +170,34 @@ fn pass(
     Pass { vm: plan.vm, target, job, volume, dek, other, bytes: disk.bytes }.run(ctx)
 }
 
+impl NewFiles for DecryptPlan {
+    fn domain(&self) -> DomainUuid {
+        self.domain
+    }
+
+    fn name(&self) -> &str {
+        &self.name
+    }
+
+    fn targets(&self) -> Vec<&str> {
+        self.disks.iter().map(|d| d.target.as_str()).collect()
+    }
+
+    fn named_in(&self, xml: &DomainXml) -> bool {
+        let there = xml.disks();
+        let named = |path: &str| there.iter().any(|d| matches!(&d.source, DiskSource::File(p) if p == path));
+        self.disks.iter().any(|disk| named(&disk.clear))
+    }
+
+    fn clear_files(&self) -> Vec<(&str, &str)> {
+        self.disks.iter().map(|d| (d.target.as_str(), d.clear.as_str())).collect()
+    }
+}
+
 fn switch(ctx: &mut Context, plan: &DecryptPlan) -> Result<Value, Halt> {
     let apply = |xml: &mut DomainXml| apply(xml, plan);
     let is_done = |xml: &DomainXml| is_done(xml, plan);
-    let names_new = |xml: &DomainXml| {
-        let named =
-            |path: &str| xml.disks().iter().any(|d| matches!(&d.source, DiskSource::File(p) if p == path));
-        plan.disks.iter().any(|disk| named(&disk.clear))
-    };
+    let names_new = |xml: &DomainXml| plan.named_in(xml);
     let switch = Switch {
         domain: plan.domain,
         name: &plan.name,
@@ -259,12 +283,39 @@ pub(crate) fn roll_back(ctx: &mut Context, plan: &DecryptPlan) -> Result<Vec<Str
         if let (Some(created), Some(there)) = (created, there)
             && created.same_file(&there)
         {
-            match wipe::wipe(ctx, &disk.clear, &created) {
-                Err(Halt::Failed(why)) => left.push(why.message),
+            match clear_gone(ctx, disk, &created) {
+                Err(Halt::Failed(why)) => left.push(format!(
+                    "the clear file {} is still there ({}); when nothing needs it: shred -u {}",
+                    disk.clear,
+                    why.message,
+                    shell(&disk.clear)
+                )),
                 other => other?,
             }
         }
         ctx.reach("rolling-back", "after")?;
     }
     Ok(left)
+}
+
+/// What a clear file was when it was whole.
+#[derive(Deserialize)]
+struct Verified {
+    clear: Identity,
+}
+
+/// The clear file is overwritten and deleted, unless somebody uses it or has written to it: then it is not only a copy.
+fn clear_gone(ctx: &mut Context, disk: &ClearDisk, created: &Identity) -> Result<(), Halt> {
+    let locked = patiently(ctx, || lock_again(&disk.clear, created))?;
+    let Some(file) = locked else { return Ok(()) };
+    if !ctx.is_done(&disk.target, "wiping") {
+        let now = file.metadata().map_err(|e| io_refusal("look at", Path::new(&disk.clear), &e))?;
+        let verified: Option<Verified> = ctx.data(&disk.target, "verified");
+        if verified.is_some_and(|verified| Identity::of(&now) != verified.clear) {
+            return Err(Refusal::new(Code::Conflict, "it was written to since it was made").into());
+        }
+        // From here on it is written to by us.
+        ctx.note(&disk.target, "wiping", &json!({}))?;
+    }
+    wipe::wipe(ctx, &disk.clear, created)
 }

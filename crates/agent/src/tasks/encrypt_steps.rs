@@ -5,7 +5,7 @@
 //! after a crash. Key material of a volume is in the agent's store before the volume exists, the clear image goes only
 //! after the domain was switched away from it.
 
-use std::{fs::File, path::Path};
+use std::{fs::File, io, path::Path};
 
 use serde_json::json;
 use vmseal_keys::{Dek, NewDiskRecord, random_bytes, seal_disk};
@@ -29,6 +29,7 @@ use crate::{
         pass::Pass,
         plan::{EncryptPlan, Identity, NewDisk, Origin, for_job},
         refusal::{Halt, Refusal, io_refusal},
+        switch::settle,
         unlock,
         wipe::delete,
     },
@@ -53,6 +54,7 @@ pub(crate) fn run(ctx: &mut Context, plan: &EncryptPlan) -> Result<String, Halt>
         plan.disks.iter().map(|d| d.image_bytes.saturating_mul(d.passes())).fold(0, u64::saturating_add),
     );
     let mut all: Vec<Held> = plan.disks.iter().map(|_| Held::default()).collect();
+    settle(ctx, plan, |ctx| encrypt_switch::switch(ctx, plan))?;
     if !ctx.is_done("", "switched") {
         for (disk, held) in plan.disks.iter().zip(&mut all) {
             held.source = claim_source(ctx, disk)?;
@@ -271,8 +273,8 @@ fn verified(ctx: &mut Context, plan: &EncryptPlan, disk: &NewDisk, held: &mut He
     })
 }
 
-/// Undoes everything: new volumes and images go, records are retired, clear images were never touched. Gives what could
-/// not be undone.
+/// Undoes everything: new volumes and images go, records are retired, clear images were never touched. A volume that
+/// became the only copy stays. Gives what could not be undone.
 pub(crate) fn roll_back(ctx: &mut Context, plan: &EncryptPlan) -> Result<Vec<String>, Halt> {
     let mut left = Vec::new();
     for disk in &plan.disks {
@@ -280,6 +282,11 @@ pub(crate) fn roll_back(ctx: &mut Context, plan: &EncryptPlan) -> Result<Vec<Str
         let task = ctx.command.task;
         for own in [disk.unfinished(task), disk.empty_image(task)] {
             left.extend(delete(&own.to_string_lossy()).err().map(|r| r.message));
+        }
+        if let Some(only) = only_copy(ctx, disk) {
+            left.push(only);
+            ctx.reach("rolling-back", "after")?;
+            continue;
         }
         let created: Option<Identity> = ctx.data(&disk.target, "created");
         let ours = |made: Identity| {
@@ -296,4 +303,14 @@ pub(crate) fn roll_back(ctx: &mut Context, plan: &EncryptPlan) -> Result<Vec<Str
         ctx.reach("rolling-back", "after")?;
     }
     Ok(left)
+}
+
+/// Somebody deleted the clear image, and the volume holds all of it: which volume that is.
+fn only_copy(ctx: &Context, disk: &NewDisk) -> Option<String> {
+    let Origin::Image { path, .. } = &disk.origin else { return None };
+    let gone = std::fs::symlink_metadata(path).is_err_and(|e| e.kind() == io::ErrorKind::NotFound);
+    let whole = ctx.is_done(&disk.target, "verified") && Path::new(&disk.volume).exists();
+    let text =
+        || format!("{path} is gone; all of it is in the encrypted volume {}, which is left", disk.volume);
+    (gone && whole).then(text)
 }

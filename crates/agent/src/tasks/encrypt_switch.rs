@@ -4,6 +4,7 @@ use std::collections::HashSet;
 
 use serde_json::{Value, json};
 use vmseal_model::{
+    id::DomainUuid,
     metadata::{DiskMetadata, VmMetadata},
     refusal::Code,
 };
@@ -16,9 +17,35 @@ use crate::{
         context::Context,
         plan::{EncryptPlan, NewDisk, Origin, Target},
         refusal::{Halt, Refusal},
-        switch::Switch,
+        switch::{NewFiles, Switch},
     },
 };
+
+impl NewFiles for EncryptPlan {
+    fn domain(&self) -> DomainUuid {
+        self.domain
+    }
+
+    fn name(&self) -> &str {
+        &self.name
+    }
+
+    fn targets(&self) -> Vec<&str> {
+        self.disks.iter().map(|d| d.target.as_str()).collect()
+    }
+
+    fn named_in(&self, xml: &DomainXml) -> bool {
+        let there = xml.disks();
+        let named = |export: &str| {
+            there.iter().any(|d| matches!(&d.source, DiskSource::NbdUnix { export: e, .. } if e == export))
+        };
+        self.disks.iter().any(|disk| named(&disk.disk.to_string()))
+    }
+
+    fn clear_files(&self) -> Vec<(&str, &str)> {
+        Vec::new()
+    }
+}
 
 /// All disks of the plan, in one define.
 pub(crate) fn switch(ctx: &mut Context, plan: &EncryptPlan) -> Result<Value, Halt> {
@@ -37,14 +64,7 @@ pub(crate) fn switch(ctx: &mut Context, plan: &EncryptPlan) -> Result<Value, Hal
     let sockets: Vec<_> = plan.disks.iter().map(|d| socket(ctx, plan, d)).collect();
     let apply = |xml: &mut DomainXml| apply(xml, plan, &sockets, &entries);
     let is_done = |xml: &DomainXml| is_done(xml, plan, &sockets, &entries);
-    let names_new = |xml: &DomainXml| {
-        plan.disks.iter().any(|disk| {
-            let ours = disk.disk.to_string();
-            xml.disks()
-                .iter()
-                .any(|d| matches!(&d.source, DiskSource::NbdUnix { export, .. } if *export == ours))
-        })
-    };
+    let names_new = |xml: &DomainXml| plan.named_in(xml);
     let switch = Switch {
         domain: plan.domain,
         name: &plan.name,

@@ -15,7 +15,7 @@ use crate::{
     tasks::{
         context::Context,
         image,
-        plan::{NewDisk, Origin},
+        plan::{Identity, NewDisk, Origin},
         refusal::{Halt, Refusal, io_refusal},
         wipe,
     },
@@ -61,11 +61,20 @@ pub(crate) fn lock_source(file: &File, path: &str) -> Result<(), Refusal> {
     })
 }
 
+/// Opens and locks a file that is about to be overwritten; `None` if it is gone.
+///
+/// # Errors
+///
+/// Somebody has it, or another file lies there: it must not be overwritten.
+pub(crate) fn lock_again(path: &str, identity: &Identity) -> Result<Option<File>, Refusal> {
+    let Some(file) = wipe::reopen(path, identity)? else { return Ok(None) };
+    lock_source(&file, path).map(|()| Some(file))
+}
+
 /// After the switch: whatever is still there of the image, locked if that is possible.
 pub(crate) fn reclaim_source(disk: &NewDisk) -> Option<File> {
     let Origin::Image { path, identity, .. } = &disk.origin else { return None };
-    let file = wipe::reopen(path, identity).ok()??;
-    lock_source(&file, path).ok().map(|()| file)
+    lock_again(path, identity).ok()?
 }
 
 /// The image is not what it was.

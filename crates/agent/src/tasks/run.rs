@@ -12,6 +12,7 @@ use crate::{
         create_vm, decrypt, decrypt_steps, encrypt, encrypt_steps,
         plan::{DecryptPlan, EncryptPlan},
         refusal::{Halt, Refusal},
+        switch::{NewFiles, Standing, may_be_switched, standing},
     },
 };
 
@@ -87,7 +88,7 @@ fn planned<P: Serialize + DeserializeOwned>(
 type RollBack<P> = fn(&mut Context, &P) -> Result<Vec<String>, Halt>;
 
 /// The steps; if they stop for good, back to where it began; the end is written down and told.
-fn finish<P>(
+fn finish<P: NewFiles>(
     ctx: &mut Context,
     plan: Result<P, Halt>,
     run: fn(&mut Context, &P) -> Result<String, Halt>,
@@ -106,6 +107,12 @@ fn finish<P>(
             Err(Halt::Failed(why)) if ctx.is_done("", "switched") => return Err(Halt::Suspended(why)),
             Err(halt) => {
                 let outcome = outcome(halt)?;
+                // Once it is written down it never goes forward again.
+                if may_be_switched(ctx, &plan)
+                    && let Standing::Named(why) | Standing::Used(why) = standing(ctx, &plan)?
+                {
+                    return Err(Halt::Suspended(why));
+                }
                 ctx.append(Entry::RollingBack { outcome: outcome.clone() })?;
                 ctx.reach("rolling-back", "written")?;
                 outcome
@@ -113,7 +120,11 @@ fn finish<P>(
         },
     };
     ctx.commit();
-    let left = roll_back(ctx, &plan)?;
+    // Asked again: an earlier run may have written it down long ago.
+    let left = match standing(ctx, &plan)? {
+        Standing::Unused => roll_back(ctx, &plan)?,
+        Standing::Named(why) | Standing::Used(why) => vec![format!("{}: nothing was deleted", why.message)],
+    };
     if !left.is_empty() {
         back.message = format!("{}; not undone: {}", back.message, left.join("; "));
     }

@@ -1,8 +1,10 @@
 //! The one step that counts: a domain's definition comes to name the new files, all disks at once.
 //!
 //! What to change and how to see that it is changed in; done, or certainly not done, out. Where nobody can say, it
-//! waits: before this step everything can be undone, after it nothing must be.
+//! waits: before this step everything can be undone, after it nothing must be. A crash may come between the two and
+//! the journal, so the definition itself is asked before anything is undone: [`settle`], [`standing`].
 
+use serde_json::Value;
 use vmseal_model::{id::DomainUuid, refusal::Code};
 
 use crate::{
@@ -10,10 +12,104 @@ use crate::{
     ports::{Definition, HypervisorError},
     tasks::{
         context::Context,
+        image::shell,
+        plan::Identity,
         refusal::{Halt, Refusal},
-        refuse::check_off,
+        refuse::{check_off, uses},
     },
 };
+
+/// What a plan puts into a definition.
+pub(crate) trait NewFiles {
+    fn domain(&self) -> DomainUuid;
+    /// The domain's name.
+    fn name(&self) -> &str;
+    /// The disks.
+    fn targets(&self) -> Vec<&str>;
+    /// Whether a definition names any of the new files.
+    fn named_in(&self, xml: &DomainXml) -> bool;
+    /// Those that any definition may name by their path, each with its disk.
+    fn clear_files(&self) -> Vec<(&str, &str)>;
+}
+
+/// Whether the new files may be deleted.
+pub(crate) enum Standing {
+    /// No definition has anything to do with them.
+    Unused,
+    /// The VM's definition names one of them.
+    Named(Refusal),
+    /// Somebody else uses one of them.
+    Used(Refusal),
+}
+
+/// Who uses the new files. Deleting one that a definition names would end the VM's data, whatever the journal says.
+///
+/// # Errors
+///
+/// [`Halt::Suspended`]: nobody can tell now.
+pub(crate) fn standing(ctx: &Context, plan: &impl NewFiles) -> Result<Standing, Halt> {
+    let unknown = |why: Refusal| Halt::Suspended(why);
+    for which in [Definition::Persistent, Definition::Live] {
+        let xml = match ctx.world.hypervisor.xml(plan.domain(), which) {
+            Ok(xml) => DomainXml::parse(&xml).map_err(|e| unknown(e.into()))?,
+            Err(HypervisorError::NoDomain { .. }) => continue,
+            Err(error) => return Err(unknown(error.into())),
+        };
+        if plan.named_in(&xml) {
+            let text = format!("the definition of {} names the new disks already", plan.name());
+            let hint = format!("look at: virsh dumpxml {}", shell(plan.name()));
+            return Ok(Standing::Named(Refusal::new(Code::Conflict, text).hint(hint)));
+        }
+    }
+    let mut clear = plan.clear_files();
+    // Whatever else lies there is not deleted anyway.
+    clear.retain(|(target, path)| {
+        let made: Option<Identity> = ctx.data(target, "created");
+        let there = std::fs::symlink_metadata(path);
+        made.is_some_and(|made| there.is_ok_and(|there| Identity::of(&there).same_file(&made)))
+    });
+    if clear.is_empty() {
+        return Ok(Standing::Unused);
+    }
+    let uses = uses(&ctx.world).map_err(|e| unknown(e.into()))?;
+    Ok(match clear.iter().find_map(|(_, path)| Some((path, uses.other(path, None, None)?))) {
+        Some((path, who)) => {
+            Standing::Used(Refusal::new(Code::ImageShared, format!("{path} is used by {who} already")))
+        }
+        None => Standing::Unused,
+    })
+}
+
+/// Whether the definition may have been changed: nothing is defined before every disk is verified.
+pub(crate) fn may_be_switched(ctx: &Context, plan: &impl NewFiles) -> bool {
+    plan.targets().into_iter().all(|target| ctx.is_done(target, "verified"))
+}
+
+/// After a crash: a definition that names new files was changed, although the journal does not say so. Then the task
+/// goes forward and nothing else, and that before it opens or locks anything: the VM may be running, the old file gone.
+///
+/// # Errors
+///
+/// [`Halt::Suspended`]: nobody can tell, or the definition is changed in part and cannot be changed wholly now.
+pub(crate) fn settle(
+    ctx: &mut Context,
+    plan: &impl NewFiles,
+    switch: impl FnOnce(&mut Context) -> Result<Value, Halt>,
+) -> Result<(), Halt> {
+    if ctx.is_done("", "switched") || !may_be_switched(ctx, plan) {
+        return Ok(());
+    }
+    match standing(ctx, plan)? {
+        Standing::Unused => return Ok(()),
+        Standing::Used(why) => return Err(Halt::Suspended(why)),
+        Standing::Named(_) => {}
+    }
+    ctx.commit();
+    ctx.step("", "switched", switch).map_err(|halt| match halt {
+        Halt::Failed(why) => Halt::Suspended(why),
+        halt => halt,
+    })
+}
 
 /// A change to a definition.
 pub(crate) struct Switch<'a> {

@@ -3,4 +3,5 @@
 mod crashes;
 mod lab;
 mod refusals;
+mod resumed;
 mod whole;

@@ -228,6 +228,8 @@ pub(crate) struct Libvirt {
     pub(crate) defines: Mutex<VecDeque<Trouble>>,
     pub(crate) defined: Mutex<u32>,
     pub(crate) away: AtomicBool,
+    /// Definitions of running domains that differ from their persistent ones.
+    pub(crate) live: Mutex<BTreeMap<DomainUuid, String>>,
 }
 
 #[derive(Debug, Clone, Copy)]
@@ -238,6 +240,8 @@ pub(crate) enum Trouble {
     LostBefore,
     /// Does it, and the answer is lost.
     LostAfter,
+    /// Does it, and is gone.
+    DiesAfter,
     /// Takes it, and keeps something else.
     Garbles,
 }
@@ -267,6 +271,10 @@ impl Libvirt {
         change(info, xml);
     }
 
+    pub(crate) fn undefine(&self, uuid: DomainUuid) {
+        self.domains.lock().unwrap().remove(&uuid).expect("it is defined");
+    }
+
     fn there(&self) -> Result<(), HypervisorError> {
         if self.away.load(Ordering::Acquire) { Err(away()) } else { Ok(()) }
     }
@@ -291,8 +299,11 @@ impl Hypervisor for Libvirt {
         self.domains.lock().unwrap().get(&uuid).map(|(info, _)| info.clone()).ok_or_else(|| missing(uuid))
     }
 
-    fn xml(&self, uuid: DomainUuid, _: Definition) -> Result<String, HypervisorError> {
+    fn xml(&self, uuid: DomainUuid, which: Definition) -> Result<String, HypervisorError> {
         self.there()?;
+        if let (Definition::Live, Some(xml)) = (which, self.live.lock().unwrap().get(&uuid)) {
+            return Ok(xml.clone());
+        }
         self.domains.lock().unwrap().get(&uuid).map(|(_, xml)| xml.clone()).ok_or_else(|| missing(uuid))
     }
 
@@ -320,7 +331,11 @@ impl Hypervisor for Libvirt {
         } else {
             self.put_xml(uuid, &name, &kept);
         }
-        if let Some(Trouble::LostAfter) = trouble { Err(away()) } else { Ok(uuid) }
+        self.away.fetch_or(matches!(trouble, Some(Trouble::DiesAfter)), Ordering::AcqRel);
+        match trouble {
+            Some(Trouble::LostAfter | Trouble::DiesAfter) => Err(away()),
+            _ => Ok(uuid),
+        }
     }
 
     fn snapshots(&self, _: DomainUuid) -> Result<u32, HypervisorError> {
