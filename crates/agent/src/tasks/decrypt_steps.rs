@@ -260,7 +260,9 @@ fn source_gone(ctx: &mut Context, plan: &DecryptPlan, disk: &ClearDisk) -> Resul
     }
     let done = match plan.fate {
         SourceFate::Keep => wipe::keep(&disk.volume, &disk.identity).map_err(Halt::from),
-        SourceFate::Wipe => wipe::wipe_volume(ctx, &disk.volume, disk.header.as_deref(), &disk.identity),
+        SourceFate::Wipe => lock_again(&disk.volume, &disk.identity)
+            .map_err(Halt::from)
+            .and_then(|_locked| wipe::wipe_volume(ctx, &disk.volume, disk.header.as_deref(), &disk.identity)),
     };
     match (done, plan.fate) {
         (Ok(()), SourceFate::Keep) => Ok(Some(format!("the volume is kept: {}", disk.volume))),

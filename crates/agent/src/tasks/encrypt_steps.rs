@@ -23,7 +23,7 @@ use crate::{
     tasks::{
         context::Context,
         encrypt_switch,
-        hold::{changed, claim_source, patiently, reclaim_source},
+        hold::{changed, claim_source, patiently},
         image::size,
         origin::{make_empty_image, source_gone},
         pass::Pass,
@@ -76,11 +76,8 @@ pub(crate) fn run(ctx: &mut Context, plan: &EncryptPlan) -> Result<String, Halt>
     ctx.make_startable();
     let mut notes = Vec::new();
     for (disk, held) in plan.disks.iter().zip(&mut all) {
-        if held.source.is_none() {
-            held.source = reclaim_source(disk);
-        }
         ctx.step(&disk.target, "source-gone", |ctx| {
-            notes.extend(source_gone(ctx, disk)?);
+            notes.extend(source_gone(ctx, disk, held.source.take())?);
             Ok(())
         })?;
     }

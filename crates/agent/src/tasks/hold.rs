@@ -71,12 +71,6 @@ pub(crate) fn lock_again(path: &str, identity: &Identity) -> Result<Option<File>
     lock_source(&file, path).map(|()| Some(file))
 }
 
-/// After the switch: whatever is still there of the image, locked if that is possible.
-pub(crate) fn reclaim_source(disk: &NewDisk) -> Option<File> {
-    let Origin::Image { path, identity, .. } = &disk.origin else { return None };
-    lock_again(path, identity).ok()?
-}
-
 /// The image is not what it was.
 pub(crate) fn changed(path: &str) -> Refusal {
     Refusal::new(Code::Conflict, format!("{path} was changed while it was being encrypted"))

@@ -8,6 +8,7 @@ use vmseal_model::{refusal::Code, task::SourceFate};
 
 use crate::tasks::{
     context::Context,
+    hold::lock_again,
     image,
     plan::{NewDisk, Origin},
     refusal::{Halt, Refusal, io_refusal},
@@ -45,8 +46,13 @@ pub(crate) fn make_empty_image(ctx: &Context, disk: &NewDisk, virtual_bytes: u64
     }
 }
 
-/// The clear image meets its fate. What cannot be done here is told, not failed: the VM is encrypted.
-pub(crate) fn source_gone(ctx: &mut Context, disk: &NewDisk) -> Result<Option<String>, Halt> {
+/// The clear image meets its fate; `held` is its lock, if this run of the agent has it. What cannot be done here is told,
+/// not failed: the VM is encrypted.
+pub(crate) fn source_gone(
+    ctx: &mut Context,
+    disk: &NewDisk,
+    held: Option<File>,
+) -> Result<Option<String>, Halt> {
     let (path, identity, fate) = match &disk.origin {
         Origin::Zeros => return Ok(None),
         Origin::EmptyQcow2 { .. } => {
@@ -71,7 +77,11 @@ pub(crate) fn source_gone(ctx: &mut Context, disk: &NewDisk) -> Result<Option<St
     }
     let done = match fate {
         SourceFate::Keep => wipe::keep(path, identity).map_err(Halt::from),
-        SourceFate::Wipe => wipe::wipe(ctx, path, identity),
+        // Nobody reads or writes it while it is overwritten.
+        SourceFate::Wipe => match held.map_or_else(|| lock_again(path, identity), |file| Ok(Some(file))) {
+            Ok(_locked) => wipe::wipe(ctx, path, identity),
+            Err(why) => Err(why.into()),
+        },
     };
     match (done, fate) {
         (Ok(()), SourceFate::Keep) => Ok(Some(format!("the clear image is kept: {path}"))),

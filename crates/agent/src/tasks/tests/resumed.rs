@@ -313,3 +313,31 @@ fn clear_file_that_somebody_has_open_is_not_overwritten_when_going_back() {
     assert!(end.message.contains(&format!("shred -u {}", image.display())), "{end:?}");
     assert!(fs::read(image).unwrap()[..SIZE] == noise(SIZE, 5)[..]);
 }
+
+#[test]
+fn clear_image_that_somebody_has_open_is_not_overwritten_after_the_switch() {
+    let (mut lab, work) = encrypting();
+    run_with(&mut lab, work, crash_at_name("encrypt:switched:after"));
+    let image = lab.image("a.img");
+    let user = File::options().read(true).write(true).open(&image).unwrap();
+    claim(&user, Claim::Source).unwrap();
+    let end = lab.resume();
+    assert_eq!(end.state, TaskState::Succeeded, "{end:?}");
+    assert!(end.message.contains("is still there") && end.message.contains("in use"), "{end:?}");
+    assert!(end.message.contains(&format!("shred -u {}", image.display())), "{end:?}");
+    assert!(fs::read(image).unwrap() == noise(SIZE, 5));
+}
+
+#[test]
+fn volume_that_somebody_has_open_is_not_made_useless_after_the_switch() {
+    let (mut lab, work) = decrypting();
+    run_with(&mut lab, work, crash_at_name("decrypt:switched:after"));
+    let volume = lab.image("a.img.vmseal");
+    let (before, user) =
+        (fs::read(&volume).unwrap(), File::options().read(true).write(true).open(&volume).unwrap());
+    claim(&user, Claim::Volume).unwrap();
+    let end = lab.resume();
+    assert_eq!(end.state, TaskState::Succeeded, "{end:?}");
+    assert!(end.message.contains("is still there") && end.message.contains("rm "), "{end:?}");
+    assert!(fs::read(volume).unwrap() == before);
+}
