@@ -9,7 +9,7 @@ die() { say "$*"; exit 1; }
 build="gcc libc6-dev ca-certificates xz-utils"
 host="qemu-system-x86 qemu-utils qemu-block-extra libvirt-daemon-system libvirt-clients libvirt-daemon-driver-qemu"
 lab="cryptsetup-bin dmsetup fio libnbd-bin python3-libnbd nbdkit busybox-static cpio kmod dpkg-dev e2fsprogs fdisk util-linux
- gdb apparmor openssl virtinst procps iproute2 python3"
+ gdb apparmor openssl socat virtinst procps iproute2 python3"
 want="$build"
 [ "${1:-all}" = build ] || want="$build $host $lab"
 
@@ -55,7 +55,7 @@ if [ -n "$missing$newer" ]; then
   if [ -n "$missing" ]; then
     say "installing:$missing"
     # shellcheck disable=SC2086
-    apt-get -qq -y --no-install-recommends -o DPkg::Lock::Timeout=300 install $missing >/dev/null
+    apt-get -qq -y --no-install-recommends -o DPkg::Lock::Timeout=300 $target install $missing >/dev/null
   fi
 fi
 
