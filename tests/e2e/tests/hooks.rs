@@ -77,7 +77,7 @@ fn phases_with(house: &mut House, guest: &Guest, clear: &Guest, agent: Agent) {
     // The encrypted one is refused, in bounded time, and not lost.
     let refused = house.libvirtd.virsh(&["start", "sealed"]);
     assert!(!refused.ok() && refused.stderr.contains("vmseal"), "{agent:?}: {}", refused.all());
-    assert!(refused.took < Duration::from_secs(12), "{agent:?}: {:?}", refused.took);
+    assert!(refused.took < Duration::from_secs(14), "{agent:?}: {:?}", refused.took);
     enable(house, agent, listener);
     let mut console = house.boot(guest);
     house.power_off(guest, &mut console);

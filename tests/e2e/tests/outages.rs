@@ -38,9 +38,7 @@ fn vm_without_its_key_is_refused_at_once_and_starts_by_itself_when_the_key_is_ba
             "echo 3 > /proc/sys/vm/drop_caches; dd if=/dev/vda bs=64k count=4 2>/dev/null | cmp - /run/words",
         );
         house.import_provider("main");
-        shell::until("the wanted VM runs", Duration::from_secs(30), || {
-            house.libvirtd.virsh(&["domstate", "wanted"]).stdout.trim() == "running"
-        });
+        running(&house, "wanted");
         house.libvirtd.must_virsh(&["destroy", "wanted"]);
     }
 }
@@ -59,25 +57,42 @@ fn autostart_without_the_key_neither_hangs_nor_loses_a_vm() {
         house.must_vmseal(&["provider", "remove", "main", "--danger-lose-keys"]);
         house.kill_agent();
         house.start_agent();
-        house.libvirtd.kill();
-        // Autostart runs once per boot: libvirt keeps the mark in its run folder.
-        let _ = fs::remove_file(house.lab.state.join("run/qemu/autostarted"));
-        house.libvirtd.start_again();
-        let begin = std::time::Instant::now();
-        house.libvirtd.wait_answers();
-        assert!(begin.elapsed() < Duration::from_secs(20), "libvirtd answers after {:?}", begin.elapsed());
-        shell::until("the clear VM was started", Duration::from_secs(20), || {
-            house.libvirtd.virsh(&["domstate", "clear"]).stdout.trim() == "running"
-        });
+        autostart(&mut house);
+        running(&house, "clear");
         let all = house.libvirtd.must_virsh(&["list", "--all", "--name"]);
         assert!(all.contains("locked") && all.contains("clear"), "{all}");
         house.import_provider("main");
-        shell::until("the autostarted VM runs", Duration::from_secs(30), || {
-            house.libvirtd.virsh(&["domstate", "locked"]).stdout.trim() == "running"
-        });
-        for guest in [&locked, &clear] {
-            house.libvirtd.must_virsh(&["destroy", &guest.name]);
-        }
+        running(&house, "locked");
+        destroy_both(&house);
+
+        // With its key there it is one like any other.
+        autostart(&mut house);
+        running(&house, "clear");
+        running(&house, "locked");
+        destroy_both(&house);
+    }
+}
+
+/// Starts libvirtd as at a boot. It must answer, whatever hooks say.
+fn autostart(house: &mut House) {
+    house.libvirtd.kill();
+    // Autostart runs once per boot: libvirt keeps the mark in its run folder.
+    let _ = fs::remove_file(house.lab.state.join("run/qemu/autostarted"));
+    house.libvirtd.start_again();
+    let begin = std::time::Instant::now();
+    house.libvirtd.wait_answers();
+    assert!(begin.elapsed() < Duration::from_secs(20), "libvirtd answers after {:?}", begin.elapsed());
+}
+
+fn running(house: &House, name: &str) {
+    shell::until(&format!("{name} runs"), Duration::from_secs(30), || {
+        house.libvirtd.virsh(&["domstate", name]).stdout.trim() == "running"
+    });
+}
+
+fn destroy_both(house: &House) {
+    for name in ["locked", "clear"] {
+        house.libvirtd.must_virsh(&["destroy", name]);
     }
 }
 
