@@ -64,12 +64,13 @@ impl Lab {
 
 impl Drop for Lab {
     fn drop(&mut self) {
-        if !self.keep && !std::thread::panicking() {
-            remove(&self.home, &self.run);
-        } else if self.keep {
+        if self.keep {
             // The demo goes on without this process.
-        } else {
+        } else if std::thread::panicking() {
+            remove_run(&self.run);
             eprintln!("kept for a look: {}", self.home.display());
+        } else {
+            remove(&self.home, &self.run);
         }
     }
 }
@@ -132,11 +133,18 @@ fn reachable(home: &Path, run: &Path) -> PathBuf {
 }
 
 fn remove(home: &Path, run: &Path) {
+    remove_run(run);
+    let _ = fs::remove_dir_all(home);
+}
+
+/// Removes the sockets, after the mount below them, if there is one, lest its files go.
+fn remove_run(run: &Path) {
     let mount = run.join("state");
     if mount.exists() {
         let _ = shell::run(shell::tool("umount").arg("--lazy").arg(&mount));
+        if fs::remove_dir(&mount).is_err() {
+            return;
+        }
     }
-    for folder in [home, run] {
-        let _ = fs::remove_dir_all(folder);
-    }
+    let _ = fs::remove_dir_all(run);
 }
