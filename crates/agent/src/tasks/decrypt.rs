@@ -82,7 +82,9 @@ fn clear_disk(
     // A crash resumes from the store alone.
     let stored = ctx.world.store.disk(disk.disk).map(|(_, stored)| stored);
     if stored.as_ref().is_none_or(|s| s.record != opened.record.encode() || s.retired) {
-        ctx.world.store.put_disk(vm, domain, to_store(disk, &opened))?;
+        // No floor was asked of the server here.
+        let unverified = stored.is_none_or(|s| s.epoch_unverified);
+        ctx.world.store.put_disk(vm, domain, to_store(disk, &opened, unverified))?;
     }
     let clear = clear_path(xml, &disk.source)?;
     Ok(ClearDisk {
@@ -98,7 +100,7 @@ fn clear_disk(
     })
 }
 
-fn to_store(disk: &DiskMetadata, opened: &unlock::Opened) -> StoredDisk {
+fn to_store(disk: &DiskMetadata, opened: &unlock::Opened, epoch_unverified: bool) -> StoredDisk {
     StoredDisk {
         target: disk.target.clone(),
         disk: disk.disk,
@@ -108,7 +110,7 @@ fn to_store(disk: &DiskMetadata, opened: &unlock::Opened) -> StoredDisk {
         class: disk.class,
         record: opened.record.encode(),
         epoch: opened.record.state.epoch,
-        epoch_unverified: false,
+        epoch_unverified,
         retired: false,
     }
 }
