@@ -131,6 +131,8 @@ pub fn core_after(pid: i32, folder: &Path, commands: &[String], needles: &[&[u8]
     let outcome = shell::run_within(&mut gdb, Duration::from_secs(120));
     let file = fs::File::open(&core)
         .unwrap_or_else(|e| panic!("gcore of {pid} made no core ({e}): {}", outcome.all()));
+    let length = file.metadata().map_or(0, |m| m.len());
+    assert!(length > 64 << 10, "the core of {pid} has {length} bytes: the search proves nothing");
     let found = stream_with(file, needles);
     fs::remove_file(core).expect("own file");
     found
