@@ -40,6 +40,17 @@ fn vm_without_its_key_is_refused_at_once_and_starts_by_itself_when_the_key_is_ba
         house.import_provider("main");
         running(&house, "wanted");
         house.libvirtd.must_virsh(&["destroy", "wanted"]);
+
+        // The same with no server to ask; it comes back, and so does the VM.
+        house.kill_server();
+        house.kill_agent();
+        house.start_agent_alone();
+        let start = house.libvirtd.virsh(&["start", "wanted"]);
+        assert!(!start.ok() && start.took < Duration::from_secs(2), "{:?}: {}", start.took, start.all());
+        assert!(start.stderr.contains(&format!("key {key} of provider main")), "{}", start.stderr);
+        house.start_server();
+        running(&house, "wanted");
+        house.libvirtd.must_virsh(&["destroy", "wanted"]);
     }
 }
 
