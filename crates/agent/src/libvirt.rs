@@ -91,9 +91,17 @@ impl Libvirt {
 impl Hypervisor for Libvirt {
     fn domains(&self) -> Result<Vec<DomainInfo>, HypervisorError> {
         let connection = self.connection()?;
-        // One that goes away while we look is not in the list.
-        let infos = connection.domains()?.iter().filter_map(|domain| info(domain).ok()).collect();
-        Ok(infos)
+        let domains = connection.domains()?;
+        let described = domains.iter().filter_map(|domain| match info(domain) {
+            Err(HypervisorError::NoDomain { .. }) => None,
+            // One that goes away while we look is not in the list. Any other is, or nobody can tell what there is.
+            Err(error) => match domain.uuid().and_then(|uuid| connection.domain(uuid)) {
+                Err(HypervisorError::NoDomain { .. }) => None,
+                _ => Some(Err(error)),
+            },
+            done => Some(done),
+        });
+        described.collect()
     }
 
     fn domain(&self, uuid: DomainUuid) -> Result<DomainInfo, HypervisorError> {

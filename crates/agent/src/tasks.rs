@@ -5,6 +5,7 @@
 //! [`KeySource`], libvirt is a [`Hypervisor`]. Step lists: `vmseal_model::task`; places to crash at:
 //! [`crate::failpoint`].
 
+mod backing;
 mod command;
 mod context;
 mod create_disk;

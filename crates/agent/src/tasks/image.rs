@@ -3,7 +3,7 @@
 //! Paths and the hypervisor's definitions in; facts or a refusal out. Changes nothing.
 
 use std::{
-    collections::{BTreeMap, HashSet},
+    collections::{BTreeMap, BTreeSet, HashSet},
     ffi::CString,
     fs::{self, File},
     io,
@@ -14,13 +14,13 @@ use std::{
 use vmseal_model::{id::DomainUuid, refusal::Code};
 
 use crate::{
-    domain_xml::{DiskSource, DomainXml},
+    domain_xml::{DiskSource, DiskView, DomainXml, XmlError},
     new_volume::Ownership,
-    ports::{Definition, Hypervisor, HypervisorError},
+    ports::{Definition, DomainInfo, Hypervisor, HypervisorError},
     store::Store,
     tasks::{
+        backing::{Backing, backing_of},
         plan::Identity,
-        qcow2::Qcow2Header,
         refusal::{Refusal, io_refusal},
     },
     volume::{VolumeError, open_regular},
@@ -114,6 +114,18 @@ struct Use {
 pub(crate) struct Uses {
     by_inode: BTreeMap<(u64, u64), Vec<Use>>,
     by_path: BTreeMap<PathBuf, Vec<Use>>,
+    /// Disks of which nobody can tell here what file they use.
+    unknown: BTreeSet<String>,
+}
+
+/// Why nothing is known of the uses of files.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum UsesError {
+    #[error(transparent)]
+    Hypervisor(#[from] HypervisorError),
+    /// Of a domain that may use any file.
+    #[error("the definition of {domain} cannot be read")]
+    Definition { domain: String, source: XmlError },
 }
 
 impl Uses {
@@ -122,20 +134,20 @@ impl Uses {
     ///
     /// # Errors
     ///
-    /// [`HypervisorError`] if they cannot all be read: then nothing is known.
-    pub(crate) fn collect(hypervisor: &dyn Hypervisor, store: &Store) -> Result<Self, HypervisorError> {
-        let mut uses = Self { by_inode: BTreeMap::new(), by_path: BTreeMap::new() };
+    /// [`UsesError`] if the definitions cannot all be read: then nothing is known.
+    pub(crate) fn collect(hypervisor: &dyn Hypervisor, store: &Store) -> Result<Self, UsesError> {
+        let mut uses = Self { by_inode: BTreeMap::new(), by_path: BTreeMap::new(), unknown: BTreeSet::new() };
         for domain in hypervisor.domains()? {
             for which in [Definition::Persistent, Definition::Live] {
-                // A domain has both, or one of them; one that vanished meanwhile has none.
-                let Ok(xml) = hypervisor.xml(domain.uuid, which) else { continue };
-                let Ok(xml) = DomainXml::parse(&xml) else { continue };
-                for disk in xml.disks() {
-                    if let DiskSource::File(path) | DiskSource::Block(path) = disk.source {
-                        let whose = format!("disk {} of {}", disk.target, domain.name);
-                        uses.add_chain(&whose, (domain.uuid, disk.target), path.into());
-                    }
-                }
+                let xml = match hypervisor.xml(domain.uuid, which) {
+                    Ok(xml) => xml,
+                    // It went away meanwhile, or has only the other one.
+                    Err(HypervisorError::NoDomain { .. }) => continue,
+                    Err(error) => return Err(error.into()),
+                };
+                let xml = DomainXml::parse(&xml)
+                    .map_err(|source| UsesError::Definition { domain: domain.name.clone(), source })?;
+                xml.disks().into_iter().for_each(|disk| uses.add_disk(&domain, disk));
             }
         }
         for vm in store.vms() {
@@ -165,15 +177,52 @@ impl Uses {
         found.find(|u| !is_own(u)).map(|u| format!("{} ({})", u.whose, u.path.display()))
     }
 
+    /// A disk that may use any file, for all that can be told here.
+    pub(crate) fn unknown(&self) -> Option<&str> {
+        self.unknown.first().map(String::as_str)
+    }
+
+    fn add_disk(&mut self, domain: &DomainInfo, disk: DiskView) {
+        let whose = format!("disk {} of {}", disk.target, domain.name);
+        // Without a type libvirt takes an image as raw: nothing below it is ever looked for.
+        let raw = matches!(disk.format.as_deref(), None | Some("raw"));
+        match disk.source {
+            DiskSource::Block(path) if !raw => {
+                self.unknown.insert(format!("{whose} (an image in the device {path})"));
+                self.add(whose, Some((domain.uuid, disk.target)), path.into());
+            }
+            DiskSource::File(path) | DiskSource::Block(path) if raw => {
+                self.add(whose, Some((domain.uuid, disk.target)), path.into());
+            }
+            DiskSource::File(path) | DiskSource::Block(path) => {
+                self.add_chain(&whose, (domain.uuid, disk.target), path.into());
+            }
+            // Only libvirt knows which file of which pool that is.
+            DiskSource::Other(kind) if kind == "volume" => {
+                self.unknown.insert(format!("{whose} (a volume of a storage pool)"));
+            }
+            DiskSource::NbdUnix { .. } | DiskSource::None | DiskSource::Other(_) => {}
+        }
+    }
+
     fn add_chain(&mut self, whose: &str, disk: (DomainUuid, String), path: PathBuf) {
         let mut seen = HashSet::new();
-        let mut next = Some(path);
-        while let Some(path) = next.take() {
-            if !seen.insert(path.clone()) || seen.len() > MAX_CHAIN {
-                return;
-            }
-            next = backing_of(&path);
-            self.add(whose.to_owned(), Some(disk.clone()), path);
+        let mut next = path;
+        while seen.insert(next.clone()) {
+            let below = if seen.len() > MAX_CHAIN {
+                Backing::Unknown("its chain is too long".to_owned())
+            } else {
+                backing_of(&next)
+            };
+            self.add(whose.to_owned(), Some(disk.clone()), next);
+            next = match below {
+                Backing::File(path) => path,
+                Backing::Nothing => return,
+                Backing::Unknown(why) => {
+                    self.unknown.insert(format!("{whose} ({why})"));
+                    return;
+                }
+            };
         }
     }
 
@@ -186,16 +235,8 @@ impl Uses {
     }
 }
 
-/// The file an image is an overlay on. Only regular files are opened.
-fn backing_of(path: &Path) -> Option<PathBuf> {
-    let path = canonical(path);
-    let file = fs::metadata(&path).ok()?.is_file().then(|| open_regular(&path, false))?.ok()?;
-    let name = Qcow2Header::read(&file).ok()??.backing?;
-    Some(path.parent()?.join(name.strip_prefix("file:").unwrap_or(&name)))
-}
-
 /// The path without links; where the file is not there, its directory's without links.
-fn canonical(path: &Path) -> PathBuf {
+pub(crate) fn canonical(path: &Path) -> PathBuf {
     fs::canonicalize(path).unwrap_or_else(|_| match (path.parent(), path.file_name()) {
         (Some(dir), Some(name)) => {
             fs::canonicalize(dir).map_or_else(|_| path.to_owned(), |dir| dir.join(name))

@@ -9,7 +9,7 @@ use vmseal_model::{refusal::Code, task::SourceFate};
 use crate::tasks::{
     context::Context,
     hold::lock_again,
-    image,
+    image::{self, UsesError},
     plan::{NewDisk, Origin},
     refusal::{Halt, Refusal, io_refusal},
     refuse,
@@ -71,9 +71,15 @@ pub(crate) fn source_gone(
             if let Some(other) = uses.other(path, Some(identity), None) {
                 return Ok(left(Refusal::new(Code::ImageShared, format!("{other} uses it"))));
             }
+            if let (SourceFate::Wipe, Some(disk)) = (fate, uses.unknown()) {
+                let text = format!("{disk} may use it, or lie on it: what file that is cannot be told here");
+                return Ok(left(Refusal::new(Code::ImageShared, text)));
+            }
         }
+        // Trying again does not help.
+        Err(error @ UsesError::Definition { .. }) => return Ok(left(error.into())),
         // Asked again later: a clear image must not stay because libvirtd starts after the agent.
-        Err(error) => return Err(Halt::Suspended(error.into())),
+        Err(error @ UsesError::Hypervisor(_)) => return Err(Halt::Suspended(error.into())),
     }
     let done = match fate {
         SourceFate::Keep => wipe::keep(path, identity).map_err(Halt::from),

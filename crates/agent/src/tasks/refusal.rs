@@ -12,6 +12,7 @@ use crate::{
     ports::{HypervisorError, KeyMissing},
     spawn::SpawnError,
     store::StoreError,
+    tasks::image::{UsesError, shell},
     volume::VolumeError,
 };
 
@@ -124,6 +125,13 @@ failed! {
             Refusal::new(Code::HostNotReady, causes(&e)).hint("systemctl status libvirtd virtqemud")
         }
         _ => Refusal::new(Code::Failed, causes(&e)),
+    };
+    UsesError => |e| match e {
+        UsesError::Hypervisor(e) => e.into(),
+        UsesError::Definition { ref domain, .. } => {
+            let hint = format!("look at: virsh dumpxml {}", shell(domain));
+            Refusal::new(Code::Failed, causes(&e)).hint(hint)
+        }
     };
     VolumeError => |e| Refusal::new(e.code(), causes(&e));
     NewVolumeError => |e| {

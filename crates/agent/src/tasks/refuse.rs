@@ -13,10 +13,10 @@ use vmseal_model::{
 
 use crate::{
     domain_xml::{DiskDevice, DiskSource, DiskView, DomainXml},
-    ports::{Definition, DomainInfo, HypervisorError},
+    ports::{Definition, DomainInfo},
     tasks::{
         context::World,
-        image::{Image, Uses, shell},
+        image::{Image, Uses, UsesError, shell},
         qcow2::Qcow2Header,
         refusal::{Refusal, io_refusal},
     },
@@ -276,6 +276,6 @@ pub(crate) fn check_unshared(
 }
 
 /// All uses of files, or why they are not known.
-pub(crate) fn uses(world: &World) -> Result<Uses, HypervisorError> {
+pub(crate) fn uses(world: &World) -> Result<Uses, UsesError> {
     Uses::collect(&*world.hypervisor, &world.store)
 }

@@ -4,4 +4,5 @@ mod crashes;
 mod lab;
 mod refusals;
 mod resumed;
+mod uses;
 mod whole;

@@ -230,6 +230,8 @@ pub(crate) struct Libvirt {
     pub(crate) away: AtomicBool,
     /// Definitions of running domains that differ from their persistent ones.
     pub(crate) live: Mutex<BTreeMap<DomainUuid, String>>,
+    /// Domains that are listed and whose definition is not told.
+    pub(crate) mute: Mutex<BTreeMap<DomainUuid, HypervisorError>>,
 }
 
 #[derive(Debug, Clone, Copy)]
@@ -284,7 +286,7 @@ fn away() -> HypervisorError {
     HypervisorError::Unreachable { uri: "test:///".into(), reason: "gone".into() }
 }
 
-fn missing(uuid: DomainUuid) -> HypervisorError {
+pub(crate) fn missing(uuid: DomainUuid) -> HypervisorError {
     HypervisorError::NoDomain { domain: uuid.to_string() }
 }
 
@@ -301,6 +303,9 @@ impl Hypervisor for Libvirt {
 
     fn xml(&self, uuid: DomainUuid, which: Definition) -> Result<String, HypervisorError> {
         self.there()?;
+        if let Some(error) = self.mute.lock().unwrap().get(&uuid) {
+            return Err(error.clone());
+        }
         if let (Definition::Live, Some(xml)) = (which, self.live.lock().unwrap().get(&uuid)) {
             return Ok(xml.clone());
         }

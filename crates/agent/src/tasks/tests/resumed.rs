@@ -183,14 +183,15 @@ fn definition_that_cannot_be_switched_wholly_is_not_undone_either() {
     lab.libvirt.change(DOMAIN, |_, xml| *xml = half.to_xml());
     resume_until(&mut lab, |report| report.code == Some(Code::Conflict));
     assert_eq!((lab.told.last(TASK).state, lab.files()), (TaskState::Waiting, files.clone()));
-    // The live definition counts as much.
-    lab.libvirt.change(DOMAIN, |_, xml| *xml = before.clone());
+    lab.runner = None;
+    // What a running VM uses counts as much.
+    lab.libvirt.change(DOMAIN, |info, xml| (info.state, *xml) = (VmState::Running, before.clone()));
     lab.libvirt.live.lock().unwrap().insert(DOMAIN, switched);
-    resume_until(&mut lab, |report| report.state == TaskState::Waiting);
+    resume_until(&mut lab, |report| report.code == Some(Code::VmRunning));
     lab.runner = None;
     assert_eq!(lab.files().len(), files.len());
     lab.libvirt.live.lock().unwrap().clear();
-    lab.libvirt.change(DOMAIN, |_, xml| *xml = before);
+    lab.libvirt.change(DOMAIN, |info, xml| (info.state, *xml) = (VmState::Off, before));
     let end = resume_cancelled(&mut lab);
     assert_eq!(end.state, TaskState::Cancelled, "{end:?}");
     assert_eq!(lab.files().into_keys().collect::<Vec<_>>(), ["a.img", "bb.img"]);
