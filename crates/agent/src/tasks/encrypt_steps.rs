@@ -230,7 +230,7 @@ fn pass(
 ) -> Result<String, Halt> {
     let empty = match disk.origin {
         Origin::EmptyQcow2 { .. } => {
-            let path = disk.empty_image(ctx.command.task);
+            let path = disk.empty_image(&ctx.world.config.state_dir, ctx.command.task);
             Some(File::open(&path).map_err(|e| io_refusal("open", &path, &e))?)
         }
         _ => None,
@@ -277,7 +277,7 @@ pub(crate) fn roll_back(ctx: &mut Context, plan: &EncryptPlan) -> Result<Vec<Str
     for disk in &plan.disks {
         ctx.reach("rolling-back", "begin")?;
         let task = ctx.command.task;
-        for own in [disk.unfinished(task), disk.empty_image(task)] {
+        for own in [disk.unfinished(task), disk.empty_image(&ctx.world.config.state_dir, task)] {
             left.extend(delete(&own.to_string_lossy()).err().map(|r| r.message));
         }
         if let Some(only) = only_copy(ctx, disk) {

@@ -18,7 +18,7 @@ use crate::tasks::{
 
 /// An empty qcow2 image, of exactly the planned length: the same each time, so a copy of it can go on after a crash.
 pub(crate) fn make_empty_image(ctx: &Context, disk: &NewDisk, virtual_bytes: u64) -> Result<(), Halt> {
-    let path = disk.empty_image(ctx.command.task);
+    let path = disk.empty_image(&ctx.world.config.state_dir, ctx.command.task);
     delete(&path.to_string_lossy())?;
     let failed =
         |why: String| Refusal::new(Code::HostNotReady, format!("qemu-img cannot make an empty image: {why}"));
@@ -56,7 +56,8 @@ pub(crate) fn source_gone(
     let (path, identity, fate) = match &disk.origin {
         Origin::Zeros => return Ok(None),
         Origin::EmptyQcow2 { .. } => {
-            let gone = delete(&disk.empty_image(ctx.command.task).to_string_lossy());
+            let gone =
+                delete(&disk.empty_image(&ctx.world.config.state_dir, ctx.command.task).to_string_lossy());
             return Ok(gone.err().map(|r| r.message));
         }
         Origin::Image { path, identity, fate } => (path, identity, *fate),

@@ -11,7 +11,7 @@ use vmseal_model::{
     task::SourceFate,
 };
 
-use crate::{new_volume::Ownership, tasks::command::KeyChoice};
+use crate::{journal, new_volume::Ownership, tasks::command::KeyChoice};
 
 /// Data unit of new volumes.
 pub(crate) const UNIT: u64 = 512;
@@ -112,9 +112,10 @@ impl NewDisk {
         beside(&self.volume, task, "new")
     }
 
-    /// Where an empty qcow2 image lies until it is in the volume. It holds nothing secret.
-    pub(crate) fn empty_image(&self, task: TaskId) -> PathBuf {
-        beside(&self.volume, task, "empty")
+    /// Where an empty qcow2 image lies until it is in the volume: beside the task's journal. It holds nothing secret,
+    /// but qemu-img follows links, and others may write where images are.
+    pub(crate) fn empty_image(&self, state_dir: &Path, task: TaskId) -> PathBuf {
+        journal::directory(state_dir).join(format!("{task}.{}.empty", self.target))
     }
 
     /// Bytes the file takes.

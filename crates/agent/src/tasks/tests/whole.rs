@@ -1,6 +1,11 @@
 //! Whole tasks: what is there at their end.
 
-use std::{fs, path::Path, process::Command};
+use std::{
+    fs,
+    path::Path,
+    process::Command,
+    sync::{Arc, Mutex},
+};
 
 use vmseal_luks::{HEADER_BYTES, OwnerBlock, OwnerState};
 use vmseal_model::{
@@ -15,7 +20,10 @@ use super::lab::*;
 use crate::{
     domain_xml::{DiskSource, DomainXml},
     ports::{Definition, Hypervisor},
-    tasks::command::{TaskCommand, Work},
+    tasks::{
+        command::{TaskCommand, Work},
+        context::CrashAt,
+    },
     volume::{open_locked, token_record},
 };
 
@@ -395,4 +403,35 @@ fn start_and_second_opening_see_the_same_volume() {
     lab.libvirt.change(DOMAIN, |info, _| info.state = VmState::Running);
     let report = lab.run_as(TaskId::from_bytes([3; 16]), decrypt(&[], SourceFate::Wipe));
     assert_eq!((report.code, report.hint.as_str()), (Some(Code::VmRunning), "virsh shutdown web01"));
+}
+
+#[test]
+fn empty_image_is_made_where_only_the_agent_writes() {
+    let mut lab = Lab::new();
+    lab.define(&[]);
+    let images = lab.scratch.path().join("images");
+    let journals = crate::journal::directory(&lab.scratch.path().join("state"));
+    let seen: Arc<Mutex<Vec<(bool, bool)>>> = Arc::default();
+    let (heard, beside) = (seen.clone(), journals.clone());
+    let any = |dir: &Path| {
+        let names = fs::read_dir(dir).unwrap().map(|e| e.unwrap().file_name().into_string().unwrap());
+        names.into_iter().any(|name| name.ends_with(".empty"))
+    };
+    let listener: CrashAt = Arc::new(move |place: &str| {
+        if place == "create-disk:copied:before" {
+            heard.lock().unwrap().push((any(&images), any(&beside)));
+        }
+        false
+    });
+    let (path, bytes) = (lab.image("new.vmseal").to_str().unwrap().to_owned(), 1 << 30);
+    let runner = lab.start(Some(listener));
+    let (target, format) = ("vdb".into(), InnerFormat::Qcow2);
+    runner.submit(TaskCommand {
+        task: TASK,
+        work: Work::CreateDisk { domain: DOMAIN, target, path, format, bytes, key: key() },
+    });
+    runner.wait();
+    assert_eq!(lab.told.last(TASK).state, TaskState::Succeeded);
+    assert_eq!(*seen.lock().unwrap(), [(false, true)]);
+    assert!(!any(&journals), "it is gone at the end");
 }
