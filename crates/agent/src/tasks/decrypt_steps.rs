@@ -313,7 +313,7 @@ fn clear_gone(ctx: &mut Context, disk: &ClearDisk, created: &Identity) -> Result
     if !ctx.is_done(&disk.target, "wiping") {
         let now = file.metadata().map_err(|e| io_refusal("look at", Path::new(&disk.clear), &e))?;
         let verified: Option<Verified> = ctx.data(&disk.target, "verified");
-        if verified.is_some_and(|verified| Identity::of(&now) != verified.clear) {
+        if verified.is_some_and(|verified| !Identity::of(&now).is_unchanged(&verified.clear)) {
             return Err(Refusal::new(Code::Conflict, "it was written to since it was made").into());
         }
         // From here on it is written to by us.

@@ -262,7 +262,7 @@ fn verified(ctx: &mut Context, plan: &EncryptPlan, disk: &NewDisk, held: &mut He
             let now = source.metadata().map_err(|e| io_refusal("look at", Path::new(path), &e))?;
             let there =
                 std::fs::symlink_metadata(path).map_err(|e| io_refusal("look at", Path::new(path), &e))?;
-            if Identity::of(&now) != *identity || !Identity::of(&there).same_file(identity) {
+            if !Identity::of(&now).is_unchanged(identity) || !Identity::of(&there).same_file(identity) {
                 return Err(changed(path).into());
             }
         }

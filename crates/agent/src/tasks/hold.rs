@@ -46,7 +46,7 @@ pub(crate) fn claim_source(ctx: &Context, disk: &NewDisk) -> Result<Option<File>
     let Origin::Image { path, identity, .. } = &disk.origin else { return Ok(None) };
     let image = image::examine(path).map_err(|r| r.about(&disk.target))?;
     patiently(ctx, || lock_source(&image.file, path).map_err(|r| r.about(&disk.target)))?;
-    if image.identity != *identity {
+    if !image.identity.is_unchanged(identity) {
         return Err(changed(path).about(&disk.target).into());
     }
     Ok(Some(image.file))

@@ -1,6 +1,9 @@
 //! What a task will do to each disk, written down before it does anything.
 
-use std::path::{Path, PathBuf};
+use std::{
+    path::{Path, PathBuf},
+    time::UNIX_EPOCH,
+};
 
 use serde::{Deserialize, Serialize};
 use vmseal_luks::HEADER_BYTES;
@@ -24,6 +27,10 @@ pub(crate) struct Identity {
     pub(crate) bytes: u64,
     pub(crate) modified_s: i64,
     pub(crate) modified_ns: i64,
+    /// When it came to be, in nanoseconds since 1970: a file system gives the inode of a deleted file to the next one.
+    /// None where the file system does not say, and in plans of earlier versions.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) born_ns: Option<u64>,
 }
 
 impl Identity {
@@ -35,12 +42,24 @@ impl Identity {
             bytes: metadata.size(),
             modified_s: metadata.mtime(),
             modified_ns: metadata.mtime_nsec(),
+            // statx(2) of the very file, where there is one.
+            born_ns: metadata
+                .created()
+                .ok()
+                .and_then(|born| u64::try_from(born.duration_since(UNIX_EPOCH).ok()?.as_nanos()).ok()),
         }
     }
 
     /// The same file, whatever was written to it.
     pub(crate) fn same_file(&self, other: &Self) -> bool {
-        (self.device, self.inode) == (other.device, other.inode)
+        let born = self.born_ns.zip(other.born_ns);
+        (self.device, self.inode) == (other.device, other.inode) && born.is_none_or(|(a, b)| a == b)
+    }
+
+    /// The same file, and nothing was written to it.
+    pub(crate) fn is_unchanged(&self, other: &Self) -> bool {
+        let written = |i: &Self| (i.bytes, i.modified_s, i.modified_ns);
+        self.same_file(other) && written(self) == written(other)
     }
 }
 
@@ -174,4 +193,48 @@ pub(crate) fn directory(path: &str) -> &Path {
 /// What a passing process sees of a volume for a job over a part of it.
 pub(crate) fn for_job(setup: &DiskSetup) -> DiskSetup {
     DiskSetup { discard: false, ..setup.clone() }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+
+    use super::*;
+    use crate::scratch::Scratch;
+
+    #[test]
+    fn file_in_the_place_and_inode_of_another_is_another() {
+        let scratch = Scratch::new();
+        let path = scratch.path().join("x.img");
+        fs::write(&path, "x").unwrap();
+        let metadata = fs::metadata(&path).unwrap();
+        let old = Identity::of(&metadata);
+        assert!(old.same_file(&old) && old.is_unchanged(&old));
+        assert_eq!(old.born_ns.is_some(), metadata.created().is_ok());
+        // Not every file system says it.
+        let old = Identity { born_ns: old.born_ns.or(Some(1)), ..old };
+        // As ext4 does it; whether this file system reuses the number now is its own affair.
+        let new = Identity { born_ns: old.born_ns.map(|ns| ns + 1), ..old };
+        assert!(!old.same_file(&new) && !old.is_unchanged(&new));
+        let written = Identity { modified_ns: old.modified_ns ^ 1, ..old };
+        assert!(old.same_file(&written) && !old.is_unchanged(&written));
+        // Time goes by, the file stays: through another name and after a write.
+        let moved = scratch.path().join("y.img");
+        fs::rename(&path, &moved).unwrap();
+        fs::write(&moved, "longer").unwrap();
+        let moved = Identity::of(&fs::metadata(&moved).unwrap());
+        assert!(old.same_file(&Identity { born_ns: moved.born_ns.or(Some(1)), ..moved }));
+    }
+
+    #[test]
+    fn identity_of_an_earlier_version_is_read_and_compared_without_its_birth() {
+        let scratch = Scratch::new();
+        let path = scratch.path().join("x.img");
+        fs::write(&path, "x").unwrap();
+        let now = Identity { born_ns: Some(1), ..Identity::of(&fs::metadata(&path).unwrap()) };
+        let mut json = serde_json::to_value(now).unwrap();
+        json.as_object_mut().unwrap().remove("born_ns").expect("it is written down");
+        let old: Identity = serde_json::from_value(json).unwrap();
+        assert!(old.same_file(&now) && now.same_file(&old) && old.is_unchanged(&now));
+    }
 }
