@@ -7,6 +7,8 @@ use std::{
     time::{Duration, Instant},
 };
 
+use crate::interrupt;
+
 /// One guest's console.
 #[derive(Debug)]
 pub struct Console {
@@ -109,6 +111,7 @@ impl Console {
     }
 
     fn listen(&mut self) {
+        interrupt::check();
         let mut bytes = [0u8; 4096];
         match self.stream.read(&mut bytes) {
             Ok(0) => {

@@ -6,7 +6,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use crate::{orphans, shell};
+use crate::{interrupt, orphans, shell};
 
 /// The folders of one house. Dropped: unmounted and removed, unless the test failed or it is kept.
 #[derive(Debug)]
@@ -35,6 +35,7 @@ impl Lab {
     fn at(name: &str, home: PathBuf, keep: bool) -> Self {
         assert!(is_root(), "this needs root: it starts a libvirtd and guests. Run make as root.");
         orphans::take_in();
+        interrupt::notice();
         let run = Path::new("/run").join(format!("vmseal-{name}"));
         remove(&home, &run);
         fs::create_dir_all(&home).expect("the lab folder can be made");

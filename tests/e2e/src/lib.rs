@@ -4,6 +4,7 @@
 pub mod console;
 pub mod domain;
 pub mod house;
+mod interrupt;
 pub mod lab;
 pub mod libvirtd;
 mod orphans;

@@ -7,6 +7,8 @@ use std::{
     time::{Duration, Instant},
 };
 
+use crate::interrupt;
+
 /// How a program ended and what it printed.
 #[derive(Debug)]
 pub struct Outcome {
@@ -91,6 +93,7 @@ pub fn tool(name: &str) -> Command {
 pub fn until(what: &str, deadline: Duration, mut done: impl FnMut() -> bool) {
     let end = Instant::now() + deadline;
     while !done() {
+        interrupt::check();
         assert!(Instant::now() < end, "{what}: not within {deadline:?}");
         thread::sleep(Duration::from_millis(20));
     }
@@ -106,6 +109,7 @@ pub fn wait_within(child: &mut Child, deadline: Duration) -> Option<ExitStatus> 
         if Instant::now() >= end {
             return None;
         }
+        interrupt::check();
         thread::sleep(Duration::from_millis(10));
     }
 }
