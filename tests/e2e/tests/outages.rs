@@ -41,8 +41,12 @@ fn vm_without_its_key_is_refused_at_once_and_starts_by_itself_when_the_key_is_ba
         running(&house, "wanted");
         house.libvirtd.must_virsh(&["destroy", "wanted"]);
 
-        // The same with no server to ask; it comes back, and so does the VM.
+        // A key that the agent holds needs no server.
         house.kill_server();
+        house.libvirtd.must_virsh(&["start", "wanted"]);
+        house.libvirtd.must_virsh(&["destroy", "wanted"]);
+
+        // One that it does not hold is refused as above; the server comes back, and so does the VM.
         house.kill_agent();
         house.start_agent_alone();
         let start = house.libvirtd.virsh(&["start", "wanted"]);
@@ -52,6 +56,38 @@ fn vm_without_its_key_is_refused_at_once_and_starts_by_itself_when_the_key_is_ba
         running(&house, "wanted");
         house.libvirtd.must_virsh(&["destroy", "wanted"]);
     }
+}
+
+#[test]
+fn server_that_lost_its_disk_is_set_up_anew_from_the_backup() {
+    let mut house = House::start(Lab::for_test("rebuilt"));
+    let guest = house.guest("web01", &[("vda", "8M", "raw")]);
+    house.define(&guest);
+    house.must_vmseal(&["vm", "encrypt", "web01"]);
+    let mut console = house.boot(&guest);
+
+    house.kill_server();
+    for entry in fs::read_dir(house.lab.state.join("server")).unwrap().flatten() {
+        if entry.file_type().unwrap().is_dir() {
+            fs::remove_dir_all(entry.path()).unwrap();
+        } else {
+            fs::remove_file(entry.path()).unwrap();
+        }
+    }
+    house.start_server();
+    house.import_provider("main");
+    house.kill_agent();
+    fs::remove_dir_all(house.lab.state.join("agent/pki")).unwrap();
+    house.join();
+    house.start_agent();
+
+    console.sh("dd if=/dev/vda of=/dev/null bs=64k count=8 iflag=direct 2>/dev/null");
+    house.power_off(&guest, &mut console);
+    let mut console = house.boot(&guest);
+    house.power_off(&guest, &mut console);
+    let shown = house.json(&["vm", "show", "web01"]);
+    assert_eq!(shown["coverage"], "encrypted", "{shown}");
+    house.must_vmseal(&["vm", "decrypt", "web01"]);
 }
 
 #[test]
