@@ -100,12 +100,12 @@ impl Inventory {
         self.lock().sent = None;
     }
 
-    /// Sends what is known, if it is whole and differs from what was sent last.
+    /// Sends what is known, if it is whole, or as whole as what was announced already, and differs from what was sent last.
     pub fn send(&self) {
         let warnings = (self.warnings)();
         let mut known = self.lock();
         known.warnings = warnings;
-        if known.complete {
+        if known.complete || known.sent.is_some() {
             self.send_known(&mut known);
         }
     }

@@ -27,8 +27,12 @@ fn vm_without_its_key_is_refused_at_once_and_starts_by_itself_when_the_key_is_ba
         let start = house.libvirtd.virsh(&["start", "wanted"]);
         assert!(!start.ok());
         assert!(start.took < Duration::from_secs(2), "refused after {:?}", start.took);
-        let key =
-            house.json(&["vm", "show", "wanted"])["locked"]["key"].as_str().expect("the key").to_owned();
+        let mut key = String::new();
+        shell::until("the server knows that the VM is locked", Duration::from_secs(10), || {
+            let shown = house.json(&["vm", "show", "wanted"]);
+            key = shown["locked"]["key"].as_str().unwrap_or_default().to_owned();
+            !key.is_empty()
+        });
         assert!(start.stderr.contains(&format!("key {key} of provider main")), "{key}: {}", start.stderr);
         let shown = house.must_vmseal(&["vm", "show", "wanted"]).stdout;
         assert!(shown.contains("locked: ") && shown.contains("of main missing since"), "{shown}");
