@@ -141,6 +141,10 @@ fn read(request: &KeyRequest) -> Result<Asked, No> {
 
 /// The key's row as it will be if it is given. Places the VM on the host where that is due.
 async fn authorise(write: &mut Write, host: &Host, asked: &Asked) -> Result<KeyRow, No> {
+    // Its session may be from before it was removed.
+    if host::name_of(write, &host.id.to_string()).await?.is_none() {
+        return Err(No::new(Code::Forbidden, format!("host {} was removed", host.name)));
+    }
     let (provider, kek_id) = (asked.provider.as_str(), column(&asked.kek));
     let known = key::get(write, provider, &kek_id).await?;
     if let (Some(task_id), Some(row)) = (asked.task, &known)
@@ -172,7 +176,7 @@ async fn authorise(write: &mut Write, host: &Host, asked: &Asked) -> Result<KeyR
         });
     };
     let reserved_here = row.vm_id.is_none()
-        && row.host_id.as_deref() == Some(host.id.to_string().as_str())
+        && row.host_id.as_deref().is_none_or(|id| id == host.id.to_string())
         && row.domain_uuid.as_deref().is_none_or(|d| d == domain);
     if row.vm_id.as_deref() != Some(&vm) && !reserved_here {
         return Err(No::alarm(format!("key {} belongs to another VM than {vm}", asked.kek)));

@@ -78,9 +78,13 @@ impl Ca {
                 let pkcs8 = sealer.open(PURPOSE, pem.as_bytes(), &sealed)?;
                 Self::of(pem, &PrivatePkcs8KeyDer::from(pkcs8.as_slice()))
             }
-            (None, None) if !needed => {
+            // The key is written first.
+            (None, lone) if !needed => {
                 let (pem, pair) = create(server_id, now_ms)?;
                 let sealed = sealer.seal(PURPOSE, pem.as_bytes(), pair.serialized_der())?;
+                if lone.is_some() {
+                    fs::remove_file(&key).map_err(|source| CaError::File { path: key.clone(), source })?;
+                }
                 write(&key, &sealed, 0o600)?;
                 write(&certificate, pem.as_bytes(), 0o644)?;
                 Self::of(pem, &PrivatePkcs8KeyDer::from(pair.serialized_der()))

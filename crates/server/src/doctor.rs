@@ -35,7 +35,7 @@ async fn providers(server: &Server, db: &mut SqliteConnection) -> Result<Vec<Fin
         found.push(finding(
             "no-default-provider",
             "no key provider is the default: operations have to name one".into(),
-            "`vmseal provider set-default NAME`",
+            "`vmseal provider default NAME`",
         ));
     }
     for (name, why) in server.providers.broken() {

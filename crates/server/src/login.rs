@@ -80,10 +80,16 @@ impl LoginGuard {
     }
 }
 
+/// Longest name that is looked for; what strangers send is kept a while.
+const MAX_NAME: usize = 256;
+
 /// Begins a session.
 pub(crate) async fn begin(server: &Server, asked: Login) -> Result<Answer, Refusal> {
     let Login { name, password } = asked;
     let now_ms = server.clock.now_ms();
+    if name.len() > MAX_NAME {
+        return Err(wrong());
+    }
     let who = format!("user:{}", shown(&name));
     if server.logins.must_wait(&name, now_ms) {
         return Err(wrong().hint("too many wrong passwords for this name: wait a minute"));

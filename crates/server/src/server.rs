@@ -33,7 +33,7 @@ use crate::{
     providers::Providers,
     sealing::{RootKeyMissing, Sealer, load_root_key},
     shutdown::Shutdown,
-    store::{Store, StoreError, meta},
+    store::{Store, StoreError, host, meta},
     tls::{self, Presented, TlsError},
 };
 
@@ -142,7 +142,9 @@ pub async fn start(config: &ServerConfig, clock: Clock) -> Result<Running, Start
     let store = Store::open(&database, AuditKey::of(&root)?, clock.clone()).await?;
     let (server_id, fencing_token) = identify(&store).await?;
     let sealer = Sealer::of(&root)?;
-    let ca = Ca::open(&config.state_dir, &sealer, &server_id, needed, clock.now_ms())?;
+    // Before a host has joined nobody trusts it: a first start that was cut short is gone on with.
+    let trusted = host::any(&mut *store.read().await?).await?;
+    let ca = Ca::open(&config.state_dir, &sealer, &server_id, trusted, clock.now_ms())?;
     let https_listener = listen(config.https_listen).await?;
     let gate_listener = listen(config.agent_listen).await?;
     let (https, gate) = (address(&https_listener)?, address(&gate_listener)?);

@@ -206,7 +206,9 @@ pub(crate) async fn send_again(server: &Server, host_id: &str, session: &Session
         let command = Command::decode(row.command.as_slice())
             .map_err(|_| StoreError::Row { what: "command", text: row.id.clone() })?;
         for command in [Some(command), cancel_command(&row)].into_iter().flatten() {
-            session.send(to_agent::Body::Command(fenced(server, command)));
+            if !session.send_in_turn(to_agent::Body::Command(fenced(server, command))).await {
+                return Ok(());
+            }
         }
     }
     Ok(())

@@ -69,11 +69,15 @@ async fn greet(server: &Server, host: &Host, stream: &mut Streaming<FromAgent>) 
         .as_slice()
         .try_into()
         .map_err(|_| "its session key has not 32 bytes".to_owned())?;
-    note(server, host, &hello).await.map_err(|error| causes(&error))?;
-    Ok(key)
+    match note(server, host, &hello).await {
+        Ok(true) => Ok(key),
+        Ok(false) => Err("the host was removed; let it join again".to_owned()),
+        Err(error) => Err(causes(&error)),
+    }
 }
 
-async fn note(server: &Server, host: &Host, hello: &Hello) -> Result<(), StoreError> {
+/// Writes down who greeted; false if there is no such host any more.
+async fn note(server: &Server, host: &Host, hello: &Hello) -> Result<bool, StoreError> {
     let short = |text: &str| text.chars().take(256).collect::<String>();
     let (version, uri, memory) =
         (short(&hello.version), short(&hello.libvirt_uri), short(&hello.secret_memory));
@@ -81,8 +85,9 @@ async fn note(server: &Server, host: &Host, hello: &Hello) -> Result<(), StoreEr
     let said = Greeting { version: &version, libvirt_uri: &uri, secret_memory: &memory, warnings: &warnings };
     let mut write = server.store.write().await?;
     let now_ms = write.now_ms;
-    host::greet(&mut write, &host.id.to_string(), &said, now_ms).await?;
-    write.commit().await
+    let known = host::greet(&mut write, &host.id.to_string(), &said, now_ms).await?;
+    write.commit().await?;
+    Ok(known)
 }
 
 /// A host's findings as they are kept: JSON.

@@ -12,6 +12,9 @@ use vmseal_api::agent::v1::{ToAgent, to_agent};
 /// Messages that may wait for a host; one that reads slower loses its session and connects again.
 const BACKLOG: usize = 256;
 
+/// How long a host may take to make room.
+const PATIENCE: std::time::Duration = std::time::Duration::from_secs(10);
+
 /// What goes down a host's stream.
 pub(crate) type Outgoing = Result<ToAgent, Status>;
 
@@ -28,6 +31,16 @@ impl Session {
     /// Sends, without waiting; `false` if the session has ended or is too slow, which ends it.
     pub(crate) fn send(&self, body: to_agent::Body) -> bool {
         let sent = self.down.try_send(Ok(ToAgent { body: Some(body) })).is_ok();
+        if !sent {
+            self.end();
+        }
+        sent
+    }
+
+    /// As [`Session::send`], but waits for room: for more messages than may wait.
+    pub(crate) async fn send_in_turn(&self, body: to_agent::Body) -> bool {
+        let send = self.down.send(Ok(ToAgent { body: Some(body) }));
+        let sent = tokio::time::timeout(PATIENCE, send).await.is_ok_and(|sent| sent.is_ok());
         if !sent {
             self.end();
         }

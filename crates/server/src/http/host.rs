@@ -24,7 +24,7 @@ use crate::{
     digest::{random_token, sha256_hex},
     refusal::Refusal,
     server::Server,
-    store::{StoreError, count, host, host::HostRow, join_token, task},
+    store::{StoreError, count, host, host::HostRow, join_token, key, task},
 };
 
 /// How long a join token works.
@@ -129,6 +129,7 @@ async fn remove_one(server: &Server, permit: &Permit, name: &str) -> Result<Answ
     let row = find(&mut change, name).await?;
     let id = row.id.clone();
     end_tasks(&mut change, &id).await?;
+    key::release_of_host(&mut change, &id).await?;
     host::remove(&mut change, &id).await?;
     let removed = Host { state: HostState::Unreachable, ..to_api(server, row) };
     let answer = change.commit(StatusCode::OK, &removed, &id).await?;

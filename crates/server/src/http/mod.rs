@@ -124,8 +124,11 @@ async fn in_time(request: Request, next: Next) -> Response {
     if request.uri().path() == paths::EVENTS {
         return next.run(request).await;
     }
-    match tokio::time::timeout(TIMEOUT, next.run(request)).await {
-        Ok(response) => response,
+    // On its own: a caller that hangs up or is given up must not leave what is half done behind a commit.
+    let done = tokio::spawn(next.run(request));
+    match tokio::time::timeout(TIMEOUT, done).await {
+        Ok(Ok(response)) => response,
+        Ok(Err(_)) => Refusal::new(Code::Failed, "the request failed; see the server's log").into_response(),
         Err(_) => Refusal::new(Code::Failed, "the request took too long and was given up")
             .hint("send it again with the same idempotency key: it is not done twice")
             .status(StatusCode::SERVICE_UNAVAILABLE)

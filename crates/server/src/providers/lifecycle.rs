@@ -57,6 +57,14 @@ pub(crate) async fn create(server: &Server, permit: &Permit, new: CreateProvider
 
 /// Refuses a name under which keys of another provider are known: its keys would be taken for theirs.
 async fn name_is_free(db: &mut SqliteConnection, name: &str, uuid: Option<&str>) -> Result<(), Refusal> {
+    // Hosts told of keys whose provider was never here: only its backup can be it.
+    if uuid.is_none() && key::count_of(db, name).await? > 0 {
+        return Err(Refusal::new(
+            Code::Exists,
+            format!("keys of a lost provider {name} are known, and records name it"),
+        )
+        .hint("import that provider's backup, or choose another name"));
+    }
     match key::provider_uuid(db, name).await? {
         Some(known) if Some(known.as_str()) != uuid => Err(Refusal::new(
             Code::Exists,

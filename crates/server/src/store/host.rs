@@ -118,8 +118,8 @@ pub async fn greet(
     id: &str,
     said: &Greeting<'_>,
     now_ms: i64,
-) -> Result<(), StoreError> {
-    sqlx::query(
+) -> Result<bool, StoreError> {
+    let done = sqlx::query(
         "UPDATE hosts SET version = $2, libvirt_uri = $3, secret_memory = $4, warnings = $5, seen_ms = $6 WHERE id = $1",
     )
     .bind(id)
@@ -130,7 +130,12 @@ pub async fn greet(
     .bind(now_ms)
     .execute(db)
     .await?;
-    Ok(())
+    Ok(done.rows_affected() == 1)
+}
+
+/// Whether any host has joined.
+pub async fn any(db: &mut SqliteConnection) -> Result<bool, StoreError> {
+    Ok(sqlx::query_scalar::<_, i64>("SELECT EXISTS (SELECT 1 FROM hosts)").fetch_one(db).await? != 0)
 }
 
 /// Notes that it was heard of, with its doctor's findings.

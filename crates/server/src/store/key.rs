@@ -105,15 +105,24 @@ pub async fn put(db: &mut SqliteConnection, key: &KeyRow) -> Result<(), StoreErr
     Ok(())
 }
 
-/// Forgets the keys of a task that ended without using them.
+/// Forgets the keys of a task that ended without using them: one that was given may wrap a volume by now.
 pub async fn forget_unused(db: &mut SqliteConnection, task_id: &str) -> Result<(), StoreError> {
     sqlx::query(
-        "DELETE FROM keys WHERE task_id = $1 AND vm_id IS NULL AND NOT EXISTS \
+        "DELETE FROM keys WHERE task_id = $1 AND vm_id IS NULL AND granted_ms IS NULL AND NOT EXISTS \
          (SELECT 1 FROM disk_keys d WHERE d.provider = keys.provider AND d.kek_id = keys.kek_id)",
     )
     .bind(task_id)
     .execute(db)
     .await?;
+    Ok(())
+}
+
+/// Leaves the keys of a removed host's tasks to whoever shows them in a record: the host may have used them.
+pub async fn release_of_host(db: &mut SqliteConnection, host_id: &str) -> Result<(), StoreError> {
+    sqlx::query("UPDATE keys SET host_id = NULL, task_id = NULL WHERE host_id = $1 AND vm_id IS NULL")
+        .bind(host_id)
+        .execute(db)
+        .await?;
     Ok(())
 }
 

@@ -163,6 +163,7 @@ async fn sealed_kdk_is_gone_from_every_file_once_its_provider_is_removed() {
 #[tokio::test]
 async fn server_does_not_start_without_its_root_key_or_half_of_its_authority() {
     let mut rig = Rig::start().await;
+    agent::join(&rig, "hv1").await;
     rig.stop().await;
     for name in ["root.key", "ca.pem", "ca.key"] {
         let (path, aside) = (rig.config.state_dir.join(name), rig.dir.join(name));
@@ -174,6 +175,19 @@ async fn server_does_not_start_without_its_root_key_or_half_of_its_authority() {
         std::fs::rename(&aside, &path).unwrap();
     }
     rig.start_again().await.unwrap();
+}
+
+#[tokio::test]
+async fn first_start_that_was_cut_short_is_gone_on_with() {
+    let mut rig = Rig::start().await;
+    rig.stop().await;
+    // Killed after the key was written, then after the database was.
+    for names in [&["ca.pem"][..], &["ca.pem", "ca.key"]] {
+        names.iter().for_each(|name| std::fs::remove_file(rig.config.state_dir.join(name)).unwrap());
+        rig.start_again().await.unwrap();
+        agent::claims(&rig).await;
+        rig.stop().await;
+    }
 }
 
 #[tokio::test]
