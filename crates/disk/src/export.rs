@@ -75,6 +75,11 @@ struct Clients {
 }
 
 impl Clients {
+    /// Whether a connection was closed by its other end and is still being worked off.
+    fn any_hung_up(&self) -> bool {
+        self.connections.iter().any(|(_, stream)| hung_up(stream))
+    }
+
     /// Whether every connection was closed by its other end.
     fn all_hung_up(&self) -> bool {
         self.connections.iter().all(|(_, stream)| hung_up(stream))
@@ -142,11 +147,13 @@ impl Export {
             if clients.closed {
                 return Err(AdmitError::Ending { pid });
             }
-            if clients.connections.is_empty() || clients.pid == pid {
+            // What a connection that hung up still does must not come after what the next one is told is done.
+            let same = clients.pid == pid && !clients.any_hung_up();
+            if clients.connections.is_empty() || same {
                 break;
             }
             let left = deadline.saturating_duration_since(Instant::now());
-            if left.is_zero() || !clients.all_hung_up() {
+            if left.is_zero() || (clients.pid != pid && !clients.all_hung_up()) {
                 return Err(AdmitError::InUse { pid, holder: clients.pid });
             }
             clients = self.changed.wait_timeout(clients, left).unwrap_or_else(PoisonError::into_inner).0;

@@ -58,6 +58,9 @@ pub fn run(setup: UnixStream) -> i32 {
     keep(&frame, owner, &signals)
 }
 
+/// A worker that lived so long had taken its setup: one that has not says so at once and waits a minute to be heard.
+const LIVED: Duration = Duration::from_secs(90);
+
 fn failed(text: std::fmt::Arguments<'_>) -> i32 {
     log::line(text);
     EXIT_SETUP
@@ -65,6 +68,8 @@ fn failed(text: std::fmt::Arguments<'_>) -> i32 {
 
 fn keep(frame: &RawFrame, owner: u32, signals: &libc::sigset_t) -> i32 {
     let mut backoff = Backoff::default();
+    // A setup that was good once is not bad now: what a later worker finds wrong may pass, and a guest waits for it.
+    let mut was_good = false;
     loop {
         let started = Instant::now();
         match start_worker(frame, owner) {
@@ -73,7 +78,7 @@ fn keep(frame: &RawFrame, owner: u32, signals: &libc::sigset_t) -> i32 {
                 match status {
                     _ if told_to_end => return EXIT_DONE,
                     Ok(status) if status.code() == Some(EXIT_DONE) => return EXIT_DONE,
-                    Ok(status) if status.code() == Some(EXIT_SETUP) => return EXIT_SETUP,
+                    Ok(status) if status.code() == Some(EXIT_SETUP) && !was_good => return EXIT_SETUP,
                     Ok(status) => log::line(format_args!("worker {} died ({})", worker.id(), cause(status))),
                     Err(error) => {
                         log::line(format_args!("keeper cannot wait for worker {}: {error}", worker.id()));
@@ -83,6 +88,7 @@ fn keep(frame: &RawFrame, owner: u32, signals: &libc::sigset_t) -> i32 {
             }
             Err(error) => log::line(format_args!("worker does not start: {error}")),
         }
+        was_good |= started.elapsed() >= LIVED;
         let wait = backoff.after(started.elapsed());
         log::line(format_args!("starting a new worker in {} ms", wait.as_millis()));
         if !wait.is_zero() && matches!(next_signal(signals, Some(wait)), Some(libc::SIGTERM | libc::SIGINT)) {
