@@ -7,6 +7,9 @@ use crate::{
     json::{Json, Object},
 };
 
+/// Most names in a list: more keyslots, segments or digests than LUKS2 has room for.
+const MAX_REFERENCES: usize = 64;
+
 /// An object and where it stands, such as `segments.0`; the outermost stands nowhere.
 pub(crate) struct Fields<'a> {
     at: String,
@@ -73,6 +76,9 @@ impl<'a> Fields<'a> {
     pub(crate) fn references(&self, name: &str) -> Judged<Vec<u32>> {
         let mut out = Vec::new();
         for item in self.texts(name)? {
+            if out.len() >= MAX_REFERENCES {
+                reject!("{} lists more than {MAX_REFERENCES}", self.path(name));
+            }
             match number_name(&item) {
                 Some(number) if !out.contains(&number) => out.push(number),
                 Some(_) => reject!("{} lists {} twice", self.path(name), quoted(&item)),
