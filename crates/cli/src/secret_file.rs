@@ -58,7 +58,8 @@ pub(crate) fn readable_by_others(path: &Path) -> bool {
 /// secret and keep it in its scroll-back.
 pub(crate) fn open_output_descriptor(fd: u32) -> Result<File, CliError> {
     let path = PathBuf::from(format!("/dev/fd/{fd}"));
-    let file = OpenOptions::new().write(true).open(&path).map_err(|e| {
+    // Appended: with `3>>` the shell means what lies there to stay.
+    let file = OpenOptions::new().append(true).open(&path).map_err(|e| {
         CliError::usage(format!("cannot write to descriptor {fd}: {e}"))
             .hint("give a pipe or file that is open for writing, such as: --out-fd 3 3>volume.key")
     })?;
