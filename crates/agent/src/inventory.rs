@@ -192,13 +192,12 @@ impl Inventory {
     fn encrypted(&self, disk: &DiskView, id: DiskId, in_metadata: Option<&DiskMetadata>) -> v1::Disk {
         match (self.store.disk(id), in_metadata) {
             (Some((_, stored)), _) => stored_disk(&disk.target, &stored),
-            (None, Some(m)) => described(
-                &disk.target,
-                id,
-                (&m.source, m.header.as_deref(), m.format, m.class),
-                &m.record,
-                true,
-            ),
+            // Nobody has verified it, so the server is not to learn epochs or keys from it.
+            (None, Some(m)) => {
+                let place = (m.source.as_str(), m.header.as_deref(), m.format, m.class);
+                let described = described(&disk.target, id, place, &m.record, true);
+                v1::Disk { record: Vec::new(), ..described }
+            }
             (None, None) => v1::Disk {
                 target: disk.target.clone(),
                 encrypted: true,
