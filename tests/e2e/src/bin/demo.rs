@@ -7,7 +7,7 @@ use std::{
     fs,
     path::{Path, PathBuf},
     process::{Command, ExitCode},
-    time::Instant,
+    time::{Duration, Instant},
 };
 
 use vmseal_e2e::{
@@ -200,13 +200,25 @@ fn down() {
         let name = fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default();
         if ["vmseal-agent", "vmseal-server", "libvirtd"].contains(&name.trim()) {
             shell::run(Command::new("kill").arg(pid.to_string()));
-            shell::until("it ends", std::time::Duration::from_secs(20), || gone(pid));
+            if !gone_within(pid, Duration::from_secs(20)) {
+                eprintln!("{} did not end in 20 s and is killed", name.trim());
+                shell::run(Command::new("kill").args(["-9", &pid.to_string()]));
+                shell::until("it ends", Duration::from_secs(20), || gone(pid));
+            }
         }
     }
     house::end_disks(&run);
     if state.exists() || run.exists() {
         Lab::remove(NAME, &home());
     }
+}
+
+fn gone_within(pid: i32, deadline: Duration) -> bool {
+    let end = Instant::now() + deadline;
+    while !gone(pid) && Instant::now() < end {
+        std::thread::sleep(Duration::from_millis(50));
+    }
+    gone(pid)
 }
 
 /// Whether a process has ended; one that waits to be reaped has.
