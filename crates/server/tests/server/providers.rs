@@ -190,3 +190,19 @@ async fn lost_database_loses_no_key() {
     assert_eq!(host.open(&grant), key);
     assert_eq!(host.floors(&[guest.disk]).await.floors[0].epoch, 4);
 }
+
+#[tokio::test]
+async fn provider_whose_keys_are_known_here_is_not_made_anew_under_its_name() {
+    let other = Rig::start().await;
+    let backup = other.provider("main").await;
+    let rig = Rig::start().await;
+    let guest = Guest::new("web01", 1);
+    let mut host = agent::join(&rig, "kvm1").await.connect(&rig).await;
+    host.report(vec![guest.encrypted("main", &kek(), 1)]).await;
+    let new = json!({"name": "main", "kind": "native"});
+    rig.root().post(paths::PROVIDERS, &new).await.refused("exists");
+    let import = json!({"p12": backup.p12, "password": PASSWORD});
+    let report: ImportedProvider = rig.root().post(paths::PROVIDER_IMPORT, &import).await.good();
+    assert!(report.new);
+    host.ask(guest.key_request("main", &kek())).await.unwrap();
+}

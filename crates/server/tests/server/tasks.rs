@@ -4,7 +4,7 @@ use http_body_util::BodyExt as _;
 use hyper::Method;
 use serde_json::json;
 use vmseal_api::{
-    agent::v1::{Command, TaskEvent, command},
+    agent::v1::{Command, KeyRequest, TaskEvent, command},
     key::Key,
     page::Page,
     paths,
@@ -253,4 +253,57 @@ async fn tasks_of_a_removed_host_end() {
     let _: serde_json::Value = scene.rig.root().delete(&paths::fill(paths::HOST, "kvm1")).await.good();
     let ended = scene.task(&task.id).await;
     assert_eq!((json!(ended.state), ended.code.as_deref()), (json!("failed"), Some("host-unreachable")));
+}
+
+/// The KEK of the command, had by its task.
+async fn had_by_task(scene: &mut Scene, task: &Task, command: &Command) -> (Vec<u8>, [u8; 32]) {
+    let Some(command::Body::EncryptVm(asked)) = &command.body else { panic!("{command:?}") };
+    let request = KeyRequest { task_id: task.id.clone(), ..scene.guest.key_request("main", &asked.kek_id) };
+    let grant = scene.host.ask(request).await.unwrap();
+    (asked.kek_id.clone(), scene.host.open(&grant))
+}
+
+#[tokio::test]
+async fn key_that_a_host_got_outlives_its_failed_task_and_one_it_did_not_get_goes() {
+    let mut scene = Scene::set().await;
+    let (task, command) = scene.encrypt().await;
+    let (kek, key) = had_by_task(&mut scene, &task, &command).await;
+    scene.host.task_is(event(&task.id, "failed", "")).await;
+    let (second, _) = scene.encrypt().await;
+    scene.host.task_is(event(&second.id, "failed", "")).await;
+    let keys: Vec<Key> = scene.rig.root().get(paths::KEYS).await.good();
+    assert_eq!(keys.len(), 1, "{keys:?}");
+    // The volume was made after all.
+    let encrypted = scene.guest.encrypted("main", &kek, 1);
+    scene.host.report(vec![encrypted]).await;
+    let grant = scene.host.ask(scene.guest.key_request("main", &kek)).await.unwrap();
+    assert_eq!(scene.host.open(&grant), key);
+}
+
+#[tokio::test]
+async fn host_that_was_removed_in_mid_task_comes_back_to_its_key() {
+    let mut scene = Scene::set().await;
+    let (task, command) = scene.encrypt().await;
+    let (kek, key) = had_by_task(&mut scene, &task, &command).await;
+    let _: serde_json::Value = scene.rig.root().delete(&paths::fill(paths::HOST, "kvm1")).await.good();
+    let mut host = agent::join(&scene.rig, "kvm1").await.connect(&scene.rig).await;
+    host.report(vec![scene.guest.encrypted("main", &kek, 1)]).await;
+    let grant = host.ask(scene.guest.key_request("main", &kek)).await.unwrap();
+    assert_eq!(host.open(&grant), key);
+}
+
+#[tokio::test]
+async fn session_that_outlives_its_host_gets_no_key() {
+    let mut scene = Scene::set().await;
+    let (task, command) = scene.encrypt().await;
+    let (kek, _) = had_by_task(&mut scene, &task, &command).await;
+    scene.host.report(vec![scene.guest.encrypted("main", &kek, 1)]).await;
+    scene.host.ask(scene.guest.key_request("main", &kek)).await.unwrap();
+    // As if the host had been removed while its session began.
+    let mut write = scene.rig.server().store.write().await.unwrap();
+    sqlx::query("DELETE FROM hosts").execute(&mut *write).await.unwrap();
+    write.commit().await.unwrap();
+    let refused = scene.host.ask(scene.guest.key_request("main", &kek)).await.unwrap_err();
+    assert_eq!(refused.code, "forbidden", "{}", refused.message);
+    assert!(refused.message.contains("was removed"), "{}", refused.message);
 }
