@@ -233,18 +233,6 @@ impl Runner {
         self.lock().contains_key(&task) || !matches!(self.known(task), Ok(None))
     }
 
-    /// What became of every task that ended and whose journal is still there; for a server that may have missed it.
-    pub fn ended(&self) -> Vec<TaskReport> {
-        let journals = Journal::list(&self.world.config.state_dir).unwrap_or_default();
-        journals
-            .into_iter()
-            .filter_map(|(task, path)| match Journal::read(&path).ok()?.last()? {
-                Entry::Finished { outcome } => Some(report_of(task, outcome)),
-                _ => None,
-            })
-            .collect()
-    }
-
     /// The end of a task that is not running; `None` if it was never heard of.
     fn known(&self, task: TaskId) -> Result<Option<TaskReport>, Refusal> {
         let path = crate::journal::directory(&self.world.config.state_dir).join(task.to_string());
