@@ -149,7 +149,18 @@ impl From<BackendError> for Refusal {
             BackendError::OtherVm => Code::Conflict,
             _ => Code::HostNotReady,
         };
-        Self::new(code, causes(&error))
+        let hint = match &error {
+            BackendError::InUse { .. } => {
+                "a QEMU is connected still: wait for it to end, or see which: ss -xp"
+            }
+            BackendError::Silent(_) | BackendError::OtherVm => {
+                "if no QEMU of this VM runs, end that process: ss -xlp names it by its control.sock"
+            }
+            BackendError::TooLate => "start the VM again",
+            BackendError::Memory(_) => "raise LimitMEMLOCK of vmseal-agent, or end what uses up the memory",
+            _ => "vmseal doctor says what the host lacks",
+        };
+        Self::new(code, causes(&error)).hint(hint)
     }
 }
 

@@ -289,3 +289,65 @@ fn same(now: &VmMetadata, wanted: &VmMetadata) -> bool {
     let within = |a: &VmMetadata, b: &VmMetadata| a.disks.iter().all(|disk| b.disks.contains(disk));
     (now.vm, now.domain) == (wanted.vm, wanted.domain) && within(now, wanted) && within(wanted, now)
 }
+
+#[cfg(test)]
+mod tests {
+    use vmseal_keys::{Dek, Kek, NewDiskRecord, SecretBytes, restate, seal_disk};
+    use vmseal_model::{
+        id::{DiskId, KekId, RecordId},
+        record::{HeaderKind, RecipientKind, RecordState, UnitBytes},
+        state::{DiskClass, InnerFormat},
+    };
+
+    use super::*;
+
+    const VM: VmId = VmId::from_bytes([3; 16]);
+
+    /// A disk's metadata at epoch 2, and the same at epoch 3.
+    fn disk(id: u8) -> (DiskMetadata, DiskMetadata) {
+        let disk = DiskId::from_bytes([id; 16]);
+        let kek = Kek::new(KekId::from_bytes(vec![1]).unwrap(), SecretBytes::random().unwrap());
+        let dek = Dek::generate().unwrap();
+        let new = NewDiskRecord {
+            record: RecordId::from_bytes([5; 16]),
+            vm: VM,
+            disk,
+            header: HeaderKind::Attached,
+            unit: UnitBytes::B512,
+            payload_offset: vmseal_luks::HEADER_BYTES,
+            created_ms: 1,
+            state: RecordState { epoch: 2, stored_bytes: 512, presented_bytes: 512 },
+        };
+        let old = seal_disk(&new, &dek, &kek, RecipientKind::Kek, &"main".parse().unwrap()).unwrap();
+        let newer = restate(&old, dek.payload(), RecordState { epoch: 3, ..old.state }).unwrap();
+        let metadata = |record: &KeyRecord| DiskMetadata {
+            target: "vda".into(),
+            disk,
+            source: "/v".into(),
+            header: None,
+            format: InnerFormat::Raw,
+            class: DiskClass::Compatible,
+            record: record.encode(),
+        };
+        (metadata(&old), metadata(&newer))
+    }
+
+    fn of(disks: Vec<DiskMetadata>) -> VmMetadata {
+        VmMetadata { vm: VM, domain: DomainUuid::from_bytes([1; 16]), disks }
+    }
+
+    #[test]
+    fn repair_leaves_what_is_newer_and_disks_the_store_does_not_know() {
+        let ((old, newer), (other, _)) = (disk(4), disk(6));
+        let mut wanted = of(vec![old.clone()]);
+        keep_newer(&mut wanted, &newer);
+        keep_newer(&mut wanted, &other);
+        assert!(same(&wanted, &of(vec![other.clone(), newer.clone()])));
+        // What is older, or no record of that disk, is repaired.
+        let mut wanted = of(vec![newer.clone()]);
+        keep_newer(&mut wanted, &old);
+        keep_newer(&mut wanted, &DiskMetadata { record: other.record, ..newer.clone() });
+        keep_newer(&mut wanted, &DiskMetadata { record: vec![1], ..newer.clone() });
+        assert!(same(&wanted, &of(vec![newer])));
+    }
+}

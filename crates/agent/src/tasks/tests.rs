@@ -1,5 +1,6 @@
 //! Tasks on real files with real keys, headers and jobs; see `lab`.
 
+mod adopt;
 mod crashes;
 mod lab;
 mod refusals;
