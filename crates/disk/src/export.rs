@@ -234,3 +234,34 @@ impl Drop for Admission {
         self.export.changed.notify_all();
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::{sync::mpsc, thread};
+
+    use super::*;
+    use crate::volume::tests::fixture;
+
+    #[test]
+    fn client_that_comes_back_waits_until_what_it_left_is_done() {
+        let disk = DiskId::from_bytes([4; 16]);
+        let export = Arc::new(Export::new(disk, "vda".into(), fixture(8192, |_| {}).volume));
+        let (client, server) = UnixStream::pair().unwrap();
+        let working = export.admit(7, &server).unwrap();
+        // Several connections of one client are no matter.
+        let (_other, at_once) = UnixStream::pair().unwrap();
+        drop(export.admit(7, &at_once).unwrap());
+
+        drop(client);
+        let (tell, told) = mpsc::channel();
+        thread::scope(|scope| {
+            scope.spawn(|| {
+                let (_back, stream) = UnixStream::pair().unwrap();
+                tell.send(export.admit(7, &stream).map(drop)).unwrap();
+            });
+            told.recv_timeout(Duration::from_millis(100)).expect_err("let in beside what it left");
+            drop(working);
+            told.recv_timeout(HANG_UP_WAIT).unwrap().unwrap();
+        });
+    }
+}

@@ -305,4 +305,4 @@ fn cipher_failed(error: vmseal_xts::XtsError) -> VolumeError {
 
 #[cfg(test)]
 #[path = "volume_tests.rs"]
-mod tests;
+pub(crate) mod tests;

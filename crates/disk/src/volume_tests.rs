@@ -61,13 +61,13 @@ impl Store for Arc<Memory> {
     }
 }
 
-struct Fixture {
+pub(crate) struct Fixture {
     memory: Arc<Memory>,
-    volume: Volume,
+    pub(crate) volume: Volume,
     key: [u8; 64],
 }
 
-fn fixture(stored: u64, change: impl FnOnce(&mut Layout)) -> Fixture {
+pub(crate) fn fixture(stored: u64, change: impl FnOnce(&mut Layout)) -> Fixture {
     let memory = Arc::new(Memory::default());
     memory.bytes.lock().unwrap().resize((BASE + stored) as usize, 0);
     let mut layout = Layout {
