@@ -14,7 +14,7 @@ use std::{
 use vmseal_keys::{Dek, key_check};
 use vmseal_luks::{Header, LuksError, OwnerBlock, VmsealToken, repair};
 use vmseal_model::{
-    control::DiskSetup,
+    control::{DiskSetup, ExportKind},
     id::{DiskId, HostId, VmId},
     record::{HeaderKind, KeyRecord, Subject},
     refusal::Code,
@@ -208,6 +208,7 @@ pub fn open_locked(
         grows: presented > expected,
         read_only,
         discard: !read_only,
+        export: ExportKind::default(),
     };
     // A whole number of units: what is more was never written by a worker.
     let stored_bytes = (stored - stored % u64::from(subject.unit_bytes)).min(presented);

@@ -237,6 +237,8 @@ fn parse_hex(text: &str) -> Option<[u8; 32]> {
 
 #[cfg(test)]
 mod tests {
+    use vmseal_model::control::ExportKind;
+
     use super::*;
 
     fn disk() -> DiskSetup {
@@ -252,6 +254,7 @@ mod tests {
             grows: false,
             read_only: false,
             discard: false,
+            export: ExportKind::default(),
         }
     }
 

@@ -20,7 +20,7 @@ pub const SETUP_FD: i32 = 3;
 /// What a keeper gets, once, and hands to each worker it starts. It does not look inside.
 ///
 /// Descriptors in order: key memory, control listener, directory of libvirt's pid files; then for each disk in order:
-/// data, [`DiskSetup::detached_header`] ? header : nothing, NBD listener.
+/// data, [`DiskSetup::detached_header`] ? header : nothing, listening socket.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Setup {
     /// [`CONTROL_VERSION`].
@@ -61,6 +61,22 @@ pub struct DiskSetup {
     pub read_only: bool,
     /// Whether a TRIM makes holes; otherwise it is accepted and does nothing.
     pub discard: bool,
+    /// How it is shown. The listening socket that comes with the disk speaks this.
+    #[serde(default)]
+    pub export: ExportKind,
+}
+
+/// How a disk is shown to its one client.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum ExportKind {
+    /// NBD on a unix socket.
+    #[default]
+    Nbd,
+    /// vhost-user-blk on a unix socket.
+    VhostUser,
+    /// A block device of the host, `/dev/ublkb<n>`: the descriptor is its char device.
+    Ublk,
 }
 
 /// What a job process gets as its first frame, with descriptors: key memory, volume data, other file (none for

@@ -84,6 +84,7 @@ fn new_volume_opens_with_its_record_and_key() {
             grows: false,
             read_only: false,
             discard: true,
+            export: ExportKind::default(),
         }
     );
     assert_eq!(std::fs::metadata(&made.path).unwrap().len(), HEADER_BYTES + STORED);

@@ -21,7 +21,8 @@ use vmseal_disk::frame;
 use vmseal_keys::{Dek, SecretShare, key_check, random_bytes};
 use vmseal_model::{
     control::{
-        CONTROL_VERSION, ControlReply, ControlRequest, DiskSetup, DiskStatus, KEY_SLOT_BYTES, SETUP_FD, Setup,
+        CONTROL_VERSION, ControlReply, ControlRequest, DiskSetup, DiskStatus, ExportKind, KEY_SLOT_BYTES,
+        SETUP_FD, Setup,
     },
     id::{DiskId, DomainUuid, VmId},
 };
@@ -128,6 +129,7 @@ impl Disk {
             grows: spec.grows,
             read_only: spec.read_only,
             discard: spec.discard,
+            export: ExportKind::default(),
         };
         Self { id, setup, file, socket: directory.join(format!("{target}.sock")), payload }
     }
