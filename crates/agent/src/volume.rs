@@ -209,6 +209,7 @@ pub fn open_locked(
         read_only,
         discard: !read_only,
         export: ExportKind::default(),
+        serial: String::new(),
     };
     // A whole number of units: what is more was never written by a worker.
     let stored_bytes = (stored - stored % u64::from(subject.unit_bytes)).min(presented);

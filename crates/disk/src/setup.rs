@@ -255,6 +255,7 @@ mod tests {
             read_only: false,
             discard: false,
             export: ExportKind::default(),
+            serial: String::new(),
         }
     }
 

@@ -64,6 +64,10 @@ pub struct DiskSetup {
     /// How it is shown. The listening socket that comes with the disk speaks this.
     #[serde(default)]
     pub export: ExportKind,
+    /// What the guest reads as its serial number; empty for none. Only of [`ExportKind::VhostUser`]: of the others QEMU
+    /// answers that itself.
+    #[serde(default)]
+    pub serial: String,
 }
 
 /// How a disk is shown to its one client.

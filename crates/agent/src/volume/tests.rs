@@ -85,6 +85,7 @@ fn new_volume_opens_with_its_record_and_key() {
             read_only: false,
             discard: true,
             export: ExportKind::default(),
+            serial: String::new(),
         }
     );
     assert_eq!(std::fs::metadata(&made.path).unwrap().len(), HEADER_BYTES + STORED);

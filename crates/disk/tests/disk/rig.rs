@@ -130,6 +130,7 @@ impl Disk {
             read_only: spec.read_only,
             discard: spec.discard,
             export: ExportKind::default(),
+            serial: String::new(),
         };
         Self { id, setup, file, socket: directory.join(format!("{target}.sock")), payload }
     }
