@@ -13,7 +13,10 @@ use std::{
     time::{Duration, Instant},
 };
 
-use vmseal_model::{control::ExportStatus, id::DiskId};
+use vmseal_model::{
+    control::{ExportKind, ExportStatus},
+    id::DiskId,
+};
 
 use crate::{descriptors::hung_up, volume::Volume};
 
@@ -56,7 +59,8 @@ pub struct Export {
     disk: DiskId,
     name: String,
     target: String,
-    volume: Volume,
+    kind: ExportKind,
+    volume: Arc<Volume>,
     clients: Mutex<Clients>,
     changed: Condvar,
     read_bytes: AtomicU64,
@@ -88,12 +92,13 @@ impl Clients {
 
 impl Export {
     /// A disk without clients.
-    pub fn new(disk: DiskId, target: String, volume: Volume) -> Self {
+    pub fn new(disk: DiskId, target: String, kind: ExportKind, volume: Volume) -> Self {
         Self {
             disk,
             name: disk.to_string(),
             target,
-            volume,
+            kind,
+            volume: Arc::new(volume),
             clients: Mutex::default(),
             changed: Condvar::new(),
             read_bytes: AtomicU64::new(0),
@@ -112,8 +117,13 @@ impl Export {
         &self.target
     }
 
+    /// How it is shown.
+    pub fn kind(&self) -> ExportKind {
+        self.kind
+    }
+
     /// Its volume.
-    pub fn volume(&self) -> &Volume {
+    pub fn volume(&self) -> &Arc<Volume> {
         &self.volume
     }
 
@@ -245,7 +255,7 @@ mod tests {
     #[test]
     fn client_that_comes_back_waits_until_what_it_left_is_done() {
         let disk = DiskId::from_bytes([4; 16]);
-        let export = Arc::new(Export::new(disk, "vda".into(), fixture(8192, |_| {}).volume));
+        let export = Arc::new(Export::new(disk, "vda".into(), ExportKind::Nbd, fixture(8192, |_| {}).volume));
         let (client, server) = UnixStream::pair().unwrap();
         let working = export.admit(7, &server).unwrap();
         // Several connections of one client are no matter.

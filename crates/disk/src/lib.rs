@@ -6,14 +6,17 @@
 
 #![deny(unsafe_op_in_unsafe_fn)]
 
+mod aligned;
 pub mod cipher_pool;
 pub mod control;
 pub mod descriptors;
 pub mod engine;
 pub mod export;
+mod flush_gate;
 pub mod frame;
 pub mod job;
 pub mod keeper;
+pub mod lane;
 pub mod log;
 pub mod nbd;
 pub mod peer;

@@ -138,7 +138,7 @@ pub fn prepare(setup: &Setup, fds: Vec<OwnedFd>, owner: u32) -> Result<Prepared,
         }
         let listener = listener(next()?)?;
         let volume = open_volume(disk, setup.vm, &keys, data).map_err(defect(disk))?;
-        exports.push((Export::new(disk.disk, disk.target.clone(), volume), listener));
+        exports.push((Export::new(disk.disk, disk.target.clone(), disk.export, volume), listener));
     }
     Ok(Prepared { vm: setup.vm, domain: setup.domain, control, policy, exports, headers })
 }
@@ -163,7 +163,9 @@ pub(crate) fn listener(fd: OwnedFd) -> Result<UnixListener, SetupError> {
 fn open_volume(disk: &DiskSetup, vm: VmId, keys: &KeyMemory, data: OwnedFd) -> Result<Volume, DiskDefect> {
     let layout = layout_of(disk)?;
     let ciphers = CipherPool::new(keys.dek(disk, vm)?, layout.unit as usize).map_err(DiskDefect::Key)?;
-    let store = FileStore::new(File::from(data), disk.read_only).map_err(DiskDefect::Store)?;
+    let mut store = FileStore::new(File::from(data), disk.read_only).map_err(DiskDefect::Store)?;
+    // The description is this VM's alone (its keeper, its workers): nobody else's I/O is changed by it.
+    store.go_direct(layout.unit);
     let store: Box<dyn Store> = Box::new(store);
     Volume::new(store, ciphers, layout).map_err(DiskDefect::Volume)
 }

@@ -6,11 +6,14 @@
 use std::{
     fs::File,
     io::{self, Seek, SeekFrom},
+    mem,
     os::{
-        fd::AsRawFd,
+        fd::{AsFd, AsRawFd, BorrowedFd},
         unix::fs::{FileExt, FileTypeExt},
     },
 };
+
+use crate::aligned::Aligned;
 
 /// A run of bytes that is all data or all hole.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -39,12 +42,62 @@ pub trait Store: Send + Sync {
     fn punch(&self, at: u64, len: u64) -> io::Result<()>;
     /// The run that begins at `at`; its end may be past `end`. Saying "data" is always correct.
     fn run_at(&self, at: u64, end: u64) -> Run;
+
+    /// Reads into pieces of memory that others may change meanwhile; gives how much.
+    ///
+    /// # Safety
+    ///
+    /// Each piece is valid for writing while the call lasts.
+    unsafe fn read_pieces(&self, at: u64, pieces: &[libc::iovec]) -> io::Result<usize> {
+        let mut done = 0;
+        for piece in pieces {
+            let mut own = vec![0; piece.iov_len];
+            let got = self.read_at(at + done as u64, &mut own)?;
+            // SAFETY: the caller vouches for the piece; `own` is another allocation.
+            unsafe { std::ptr::copy_nonoverlapping(own.as_ptr(), piece.iov_base.cast(), got) };
+            done += got;
+            if got < piece.iov_len {
+                break;
+            }
+        }
+        Ok(done)
+    }
+
+    /// The descriptor, where asynchronous I/O on it pays: it does not where every access is a copy of memory.
+    fn ring_fd(&self) -> Option<BorrowedFd<'_>> {
+        None
+    }
+
+    /// What memory and offsets must be multiples of. (1, 1) where the page cache is in between.
+    fn alignment(&self) -> Alignment {
+        Alignment::default()
+    }
+}
+
+/// What a store asks of each access.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Alignment {
+    /// Of addresses in memory.
+    pub memory: usize,
+    /// Of offsets and lengths.
+    pub offset: u64,
+}
+
+impl Default for Alignment {
+    fn default() -> Self {
+        Self { memory: 1, offset: 1 }
+    }
 }
 
 /// A file or block device.
 pub struct FileStore {
     file: File,
+    alignment: Alignment,
+    in_memory: bool,
 }
+
+/// Bytes of the aligned buffer through which unaligned ones go.
+const BOUNCE: usize = 1 << 20;
 
 /// Why a descriptor cannot carry a volume.
 #[derive(Debug, thiserror::Error)]
@@ -53,7 +106,7 @@ pub enum StoreError {
     /// A directory, a pipe, a socket.
     #[error("is neither a regular file nor a block device")]
     Kind,
-    /// O_APPEND sends every write to the end; O_DIRECT wants aligned memory this engine does not have.
+    /// O_APPEND sends every write to the end.
     #[error("was opened with {flag}")]
     Flag {
         /// Its name.
@@ -86,10 +139,8 @@ impl FileStore {
         if flags < 0 {
             return Err(io::Error::last_os_error().into());
         }
-        for (bit, flag) in [(libc::O_APPEND, "O_APPEND"), (libc::O_DIRECT, "O_DIRECT")] {
-            if flags & bit != 0 {
-                return Err(StoreError::Flag { flag });
-            }
+        if flags & libc::O_APPEND != 0 {
+            return Err(StoreError::Flag { flag: "O_APPEND" });
         }
         match flags & libc::O_ACCMODE {
             libc::O_RDWR => {}
@@ -97,7 +148,33 @@ impl FileStore {
             libc::O_RDONLY => return Err(StoreError::Access { access: "writing" }),
             _ => return Err(StoreError::Access { access: "reading" }),
         }
-        Ok(Self { file })
+        let in_memory = lies_in_memory(&file);
+        // An earlier worker went around the page cache, and the flag stays with the description.
+        let direct = flags & libc::O_DIRECT != 0;
+        let careful = Alignment { memory: 4096, offset: 4096 };
+        let alignment =
+            if direct { direct_alignment(&file).unwrap_or(careful) } else { Alignment::default() };
+        Ok(Self { file, alignment, in_memory })
+    }
+
+    /// Goes around the page cache from now on, where the medium can in steps of `unit`; gives whether it does.
+    ///
+    /// The flag belongs to the open file description, so it is for who has that alone.
+    pub fn go_direct(&mut self, unit: u64) -> bool {
+        let Some(alignment) = direct_alignment(&self.file).filter(|a| a.offset <= unit) else { return false };
+        // SAFETY: flags of a descriptor that is open.
+        let set = unsafe {
+            let flags = libc::fcntl(self.file.as_raw_fd(), libc::F_GETFL);
+            flags >= 0 && libc::fcntl(self.file.as_raw_fd(), libc::F_SETFL, flags | libc::O_DIRECT) == 0
+        };
+        if set {
+            self.alignment = alignment;
+        }
+        set
+    }
+
+    fn suits(&self, buf: &[u8]) -> bool {
+        (buf.as_ptr() as usize).is_multiple_of(self.alignment.memory)
     }
 
     /// Drops what the page cache holds, so that the next read comes from the medium. Best effort.
@@ -170,6 +247,19 @@ impl Store for FileStore {
 
     fn read_at(&self, at: u64, buf: &mut [u8]) -> io::Result<usize> {
         let mut done = 0;
+        if !self.suits(buf) {
+            let mut bounce = Aligned::new(buf.len().min(BOUNCE))?;
+            for piece in buf.chunks_mut(BOUNCE) {
+                let through = bounce.first(piece.len());
+                let got = self.read_at(at + done as u64, through)?;
+                piece.copy_from_slice(through);
+                done += got;
+                if got < piece.len() {
+                    break;
+                }
+            }
+            return Ok(done);
+        }
         while let Some(rest) = buf.get_mut(done..).filter(|rest| !rest.is_empty()) {
             match self.file.read_at(rest, at + done as u64) {
                 Ok(0) => break,
@@ -182,7 +272,42 @@ impl Store for FileStore {
     }
 
     fn write_at(&self, at: u64, buf: &[u8]) -> io::Result<()> {
-        self.file.write_all_at(buf, at)
+        if self.suits(buf) {
+            return self.file.write_all_at(buf, at);
+        }
+        let mut bounce = Aligned::new(buf.len().min(BOUNCE))?;
+        for (index, piece) in buf.chunks(BOUNCE).enumerate() {
+            let through = bounce.first(piece.len());
+            through.copy_from_slice(piece);
+            self.file.write_all_at(through, at + (index * BOUNCE) as u64)?;
+        }
+        Ok(())
+    }
+
+    unsafe fn read_pieces(&self, at: u64, pieces: &[libc::iovec]) -> io::Result<usize> {
+        loop {
+            let count = pieces.len().min(libc::UIO_MAXIOV as usize) as libc::c_int;
+            let at = libc::off_t::try_from(at).map_err(|_| io::ErrorKind::InvalidInput)?;
+            // SAFETY: the caller vouches for the pieces; the kernel checks addresses itself.
+            let got = unsafe { libc::preadv(self.file.as_raw_fd(), pieces.as_ptr(), count, at) };
+            match usize::try_from(got) {
+                Ok(got) => return Ok(got),
+                Err(_) => {
+                    let error = io::Error::last_os_error();
+                    if error.kind() != io::ErrorKind::Interrupted {
+                        return Err(error);
+                    }
+                }
+            }
+        }
+    }
+
+    fn ring_fd(&self) -> Option<BorrowedFd<'_>> {
+        (!self.in_memory).then(|| self.file.as_fd())
+    }
+
+    fn alignment(&self) -> Alignment {
+        self.alignment
     }
 
     fn flush(&self) -> io::Result<()> {
@@ -216,9 +341,50 @@ impl Store for FileStore {
     }
 }
 
+/// Whether a file's medium is memory: then an access is a copy, and done before anybody could wait for it.
+fn lies_in_memory(file: &File) -> bool {
+    // SAFETY: statfs is plain data; the kernel fills it.
+    unsafe {
+        let mut stat: libc::statfs = mem::zeroed();
+        libc::fstatfs(file.as_raw_fd(), &mut stat) == 0 && {
+            let kind = i64::from(stat.f_type) & 0xffff_ffff;
+            kind == i64::from(libc::TMPFS_MAGIC)
+                || kind == RAMFS_MAGIC
+                || kind == i64::from(libc::HUGETLBFS_MAGIC)
+        }
+    }
+}
+
+/// From linux/magic.h; libc does not name it.
+const RAMFS_MAGIC: i64 = 0x8584_58f6;
+/// `struct statx` up to the fields Linux 6.1 added, which libc does not name everywhere.
+const STATX_DIOALIGN: u32 = 0x2000;
+
+/// What O_DIRECT asks of this file; `None` where it cannot be had. Kernels before 6.1 do not say: then nothing is
+/// risked and 4096 is asked of both, which every medium takes.
+fn direct_alignment(file: &File) -> Option<Alignment> {
+    // SAFETY: statx is plain data; the kernel fills it. The empty path means the descriptor itself.
+    let stat = unsafe {
+        let mut stat: libc::statx = mem::zeroed();
+        let flags = libc::AT_EMPTY_PATH;
+        (libc::statx(file.as_raw_fd(), c"".as_ptr(), flags, STATX_DIOALIGN, &mut stat) == 0).then_some(stat)
+    }?;
+    if stat.stx_mask & STATX_DIOALIGN == 0 {
+        return Some(Alignment { memory: 4096, offset: 4096 });
+    }
+    if stat.stx_dio_offset_align == 0 {
+        return None;
+    }
+    // Never below what a sector is to everybody.
+    Some(Alignment {
+        memory: (stat.stx_dio_mem_align as usize).max(512),
+        offset: u64::from(stat.stx_dio_offset_align).max(512),
+    })
+}
+
 #[cfg(test)]
 mod tests {
-    use std::{fs::OpenOptions, os::unix::fs::OpenOptionsExt};
+    use std::fs::OpenOptions;
 
     use super::*;
 
@@ -246,6 +412,24 @@ mod tests {
     }
 
     #[test]
+    fn going_around_the_page_cache_takes_any_memory_and_is_seen_by_the_next_worker() {
+        let (path, file) = scratch("direct");
+        let mut store = FileStore::new(file.try_clone().unwrap(), false).unwrap();
+        let went = store.go_direct(512);
+        let bytes: Vec<u8> = (0..BOUNCE + 4096).map(|i| (i / 7) as u8).collect();
+        // One byte off: no address that O_DIRECT takes.
+        let mut odd = vec![0; bytes.len() + 1];
+        odd[1..].copy_from_slice(&bytes);
+        store.write_at(512, &odd[1..]).unwrap();
+        let next = FileStore::new(file, false).unwrap();
+        assert_eq!(next.alignment() != Alignment::default(), went);
+        let mut read = vec![0; bytes.len() + 1];
+        assert_eq!(next.read_at(512, &mut read[1..]).unwrap(), bytes.len());
+        assert!(read[1..] == bytes, "what was written is not what is read");
+        std::fs::remove_file(path).unwrap();
+    }
+
+    #[test]
     fn descriptors_that_cannot_carry_a_volume_are_refused() {
         let (path, _file) = scratch("flags");
         let open = |options: &mut OpenOptions| options.open(&path).unwrap();
@@ -257,11 +441,6 @@ mod tests {
         assert!(matches!(FileStore::new(write_only, false), Err(StoreError::Access { access: "reading" })));
         let append = open(options.read(true).append(true));
         assert!(matches!(FileStore::new(append, false), Err(StoreError::Flag { flag: "O_APPEND" })));
-        let direct = OpenOptions::new().read(true).custom_flags(libc::O_DIRECT).open(&path);
-        // Some file systems refuse O_DIRECT themselves.
-        if let Ok(direct) = direct {
-            assert!(matches!(FileStore::new(direct, true), Err(StoreError::Flag { flag: "O_DIRECT" })));
-        }
         let directory = File::open("/").unwrap();
         assert!(matches!(FileStore::new(directory, true), Err(StoreError::Kind)));
         std::fs::remove_file(path).unwrap();

@@ -16,7 +16,11 @@ use std::{
     },
 };
 
-use crate::{cipher_pool::CipherPool, log, store::Store};
+use crate::{
+    cipher_pool::CipherPool,
+    flush_gate::FlushGate,
+    store::{Alignment, Store},
+};
 
 /// The widest gap a write may leave behind the stored end that is filled with encrypted zeros.
 pub const MAX_FILLED_GAP: u64 = 64 << 20;
@@ -91,15 +95,14 @@ pub struct Extent {
 /// One volume.
 pub struct Volume {
     store: Box<dyn Store>,
-    ciphers: CipherPool,
+    /// None only in a benchmark's reference.
+    ciphers: Option<CipherPool>,
     layout: Layout,
     /// Whole units stored, in bytes from the payload's start.
     stored: AtomicU64,
     /// Held while the stored end moves.
     growth: Mutex<()>,
-    /// Whether a flush failed. Held while flushing: the kernel tells a failure to one caller only, and a second one
-    /// must not hear "durable" about pages that were lost.
-    flush_failed: Mutex<bool>,
+    pub(crate) flushes: FlushGate,
 }
 
 impl Volume {
@@ -109,6 +112,21 @@ impl Volume {
     ///
     /// [`VolumeError::Truncated`] if the store is shorter than a volume that does not grow must be.
     pub fn new(store: Box<dyn Store>, ciphers: CipherPool, layout: Layout) -> Result<Self, VolumeError> {
+        Self::with(store, Some(ciphers), layout)
+    }
+
+    /// What a benchmark compares with: the same way to the store without the cipher. No program that serves guests
+    /// calls this.
+    ///
+    /// # Errors
+    ///
+    /// As [`Volume::new`].
+    #[doc(hidden)]
+    pub fn plain_for_bench(store: Box<dyn Store>, layout: Layout) -> Result<Self, VolumeError> {
+        Self::with(store, None, layout)
+    }
+
+    fn with(store: Box<dyn Store>, ciphers: Option<CipherPool>, layout: Layout) -> Result<Self, VolumeError> {
         let stored = store.len()?.saturating_sub(layout.payload_offset).min(layout.presented);
         let stored = stored - stored % layout.unit;
         if !layout.grows && stored < layout.presented {
@@ -120,8 +138,18 @@ impl Volume {
             layout,
             stored: AtomicU64::new(stored),
             growth: Mutex::new(()),
-            flush_failed: Mutex::new(false),
+            flushes: FlushGate::default(),
         })
+    }
+
+    /// Where its ciphertext lies.
+    pub(crate) fn store(&self) -> &dyn Store {
+        &*self.store
+    }
+
+    /// What memory and offsets must be multiples of, if they are to go to the store as they are.
+    pub(crate) fn alignment(&self) -> Alignment {
+        self.store.alignment()
     }
 
     /// How it is laid out.
@@ -150,7 +178,8 @@ impl Volume {
         if self.store.read_at(self.layout.payload_offset + offset, inside)? < inside.len() {
             return Err(VolumeError::Truncated);
         }
-        self.ciphers.lend().decrypt(offset / SECTOR, inside).map_err(cipher_failed)
+        // SAFETY: an exclusive slice.
+        unsafe { self.decrypt_raw(offset, inside.as_mut_ptr(), inside.len()) }
     }
 
     /// Writes `buf`, which is ciphertext afterwards.
@@ -201,14 +230,7 @@ impl Volume {
     ///
     /// [`VolumeError::FlushFailed`], and from then on every time.
     pub fn flush(&self) -> Result<(), VolumeError> {
-        let mut failed = self.flush_failed.lock().unwrap_or_else(PoisonError::into_inner);
-        if !*failed && let Err(error) = self.store.flush() {
-            *failed = true;
-            log::line(format_args!(
-                "flush failed, and counts as failed until this worker is restarted: {error}"
-            ));
-        }
-        if *failed { Err(VolumeError::FlushFailed) } else { Ok(()) }
+        if self.flushes.flush_by(|| self.store.flush()) { Ok(()) } else { Err(VolumeError::FlushFailed) }
     }
 
     /// What is stored for a range: at most `most` extents, at least one, together as long as the range or shorter.
@@ -248,9 +270,59 @@ impl Volume {
         Ok(extents)
     }
 
+    /// Decrypts whole units that lie at `offset` of the disk, where they are.
+    ///
+    /// # Safety
+    ///
+    /// `data` is valid for reading and writing `len` bytes; others may change them meanwhile.
+    pub(crate) unsafe fn decrypt_raw(
+        &self,
+        offset: u64,
+        data: *mut u8,
+        len: usize,
+    ) -> Result<(), VolumeError> {
+        // SAFETY: the caller vouches for the memory. A guest that changes it while it is worked on gets what it asked
+        // for: the cipher reads and writes bytes and takes no decision on them.
+        let data = unsafe { std::slice::from_raw_parts_mut(data, len) };
+        let Some(ciphers) = &self.ciphers else { return Ok(()) };
+        ciphers.lend().decrypt(offset / SECTOR, data).map_err(cipher_failed)
+    }
+
+    /// Encrypts whole units for `offset` of the disk from `src` to `dst`, which is the same or does not overlap.
+    ///
+    /// # Safety
+    ///
+    /// `src` is valid for reading and `dst` for writing `len` bytes; others may change `src` meanwhile.
+    pub(crate) unsafe fn encrypt_raw(
+        &self,
+        offset: u64,
+        src: *const u8,
+        dst: *mut u8,
+        len: usize,
+    ) -> Result<(), VolumeError> {
+        // SAFETY: as for `decrypt_raw`.
+        let (same, dst) = unsafe { (std::ptr::eq(src, dst), std::slice::from_raw_parts_mut(dst, len)) };
+        let Some(ciphers) = &self.ciphers else {
+            if !same {
+                // SAFETY: as above, and it does not overlap `dst`.
+                unsafe { std::ptr::copy_nonoverlapping(src, dst.as_mut_ptr(), len) };
+            }
+            return Ok(());
+        };
+        let cipher = ciphers.lend();
+        let first = offset / SECTOR;
+        if same {
+            return cipher.encrypt(first, dst).map_err(cipher_failed);
+        }
+        // SAFETY: as above, and it does not overlap `dst`.
+        let src = unsafe { std::slice::from_raw_parts(src, len) };
+        cipher.encrypt_copy(first, src, dst).map_err(cipher_failed)
+    }
+
     /// Encrypts and writes a range that was checked, and moves the stored end where it goes past it.
-    fn encrypt_into(&self, offset: u64, buf: &mut [u8]) -> Result<(), VolumeError> {
-        self.ciphers.lend().encrypt(offset / SECTOR, buf).map_err(cipher_failed)?;
+    pub(crate) fn encrypt_into(&self, offset: u64, buf: &mut [u8]) -> Result<(), VolumeError> {
+        // SAFETY: an exclusive slice, encrypted in place.
+        unsafe { self.encrypt_raw(offset, buf.as_ptr(), buf.as_mut_ptr(), buf.len())? };
         let (at, end) = (self.layout.payload_offset + offset, offset + buf.len() as u64);
         if end <= self.stored_bytes() {
             return Ok(self.store.write_at(at, buf)?);
@@ -272,7 +344,8 @@ impl Volume {
         while at < to {
             let piece = zeros.get_mut(..(to - at).min(ZERO_CHUNK) as usize).unwrap_or_default();
             piece.fill(0);
-            self.ciphers.lend().encrypt(at / SECTOR, piece).map_err(cipher_failed)?;
+            // SAFETY: an exclusive slice, encrypted in place.
+            unsafe { self.encrypt_raw(at, piece.as_ptr(), piece.as_mut_ptr(), piece.len())? };
             self.store.write_at(self.layout.payload_offset + at, piece)?;
             at += piece.len() as u64;
             self.stored.fetch_max(at, Ordering::AcqRel);
@@ -280,7 +353,7 @@ impl Volume {
         Ok(())
     }
 
-    fn check(&self, offset: u64, len: u64) -> Result<(), VolumeError> {
+    pub(crate) fn check(&self, offset: u64, len: u64) -> Result<(), VolumeError> {
         if !offset.is_multiple_of(self.layout.unit) || !len.is_multiple_of(self.layout.unit) {
             return Err(VolumeError::Unaligned);
         }
@@ -290,7 +363,7 @@ impl Volume {
         }
     }
 
-    fn check_write(&self, offset: u64, len: u64) -> Result<(), VolumeError> {
+    pub(crate) fn check_write(&self, offset: u64, len: u64) -> Result<(), VolumeError> {
         if self.layout.read_only {
             return Err(VolumeError::ReadOnly);
         }

@@ -7,7 +7,7 @@ use std::{
 
 use proptest::{collection::vec, prelude::*};
 use vmseal_keys::Dek;
-use vmseal_model::id::DiskId;
+use vmseal_model::{control::ExportKind, id::DiskId};
 
 use super::{handshake, transmission, wire::*};
 use crate::{
@@ -57,7 +57,7 @@ fn export() -> Export {
     };
     let ciphers = CipherPool::new(Dek::generate().unwrap(), 512).unwrap();
     let volume = Volume::new(Box::new(FileStore::new(file, false).unwrap()), ciphers, layout).unwrap();
-    Export::new(DiskId::from_random([7; 16]), "vda".into(), volume)
+    Export::new(DiskId::from_random([7; 16]), "vda".into(), ExportKind::Nbd, volume)
 }
 
 fn options() -> impl Strategy<Value = Vec<u8>> {
