@@ -347,10 +347,8 @@ fn lies_in_memory(file: &File) -> bool {
     unsafe {
         let mut stat: libc::statfs = mem::zeroed();
         libc::fstatfs(file.as_raw_fd(), &mut stat) == 0 && {
-            let kind = i64::from(stat.f_type) & 0xffff_ffff;
-            kind == i64::from(libc::TMPFS_MAGIC)
-                || kind == RAMFS_MAGIC
-                || kind == i64::from(libc::HUGETLBFS_MAGIC)
+            let kind = stat.f_type & 0xffff_ffff;
+            kind == libc::TMPFS_MAGIC || kind == RAMFS_MAGIC || kind == libc::HUGETLBFS_MAGIC
         }
     }
 }

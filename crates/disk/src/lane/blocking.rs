@@ -89,7 +89,7 @@ impl Blocking {
                 unsafe { pieces::zero(&self.pieces) };
             } else if pieces::suit(&self.pieces, unit, volume.alignment().memory) {
                 // SAFETY: segments of the request, which the front keeps.
-                unsafe { read_in_place(volume, base, at, &mut self.pieces)? };
+                unsafe { read_in_place(volume, base, at, &self.pieces)? };
             } else {
                 let bounce = self.bounce.first(length);
                 if volume.store().read_at(base + at, bounce)? < length {
@@ -200,13 +200,13 @@ unsafe fn read_in_place(
     volume: &Volume,
     base: u64,
     at: u64,
-    pieces: &mut Vec<libc::iovec>,
+    pieces: &[libc::iovec],
 ) -> Result<(), VolumeError> {
     let wanted: usize = pieces.iter().map(|piece| piece.iov_len).sum();
     // SAFETY: passed on.
     let mut got = unsafe { volume.store().read_pieces(base + at, pieces)? };
     if got < wanted {
-        let mut rest = pieces.clone();
+        let mut rest = pieces.to_vec();
         let mut last = got;
         while got < wanted {
             pieces::advance(&mut rest, last);
@@ -219,7 +219,7 @@ unsafe fn read_in_place(
         }
     }
     let mut done = 0;
-    for piece in pieces.iter() {
+    for piece in pieces {
         // SAFETY: passed on.
         unsafe { volume.decrypt_raw(at + done as u64, piece.iov_base.cast(), piece.iov_len)? };
         done += piece.iov_len;

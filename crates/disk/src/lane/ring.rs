@@ -730,6 +730,18 @@ impl Ring {
     }
 }
 
+impl Drop for Ring {
+    /// A ring ends some time after its descriptor is closed. What it was given is let go of now: sockets are to be closed
+    /// when their owner closes them.
+    fn drop(&mut self) {
+        let keys: Vec<u32> = self.watched.iter().flatten().map(|watch| watch.key).collect();
+        keys.into_iter().for_each(|key| self.unwatch(key));
+        let _ = self.enter(false);
+        let none = [-1; FIRST_WATCHED as usize + MAX_WATCHED];
+        let _ = self.uring.submitter().register_files_update(0, &none);
+    }
+}
+
 impl Piece {
     fn new(kind: Kind, active: usize, offset: u64, length: usize) -> Self {
         Self { kind, active, offset, length, done: 0, slot: None, memory: Vec::new(), rest: Vec::new() }
@@ -755,7 +767,7 @@ fn watch_data(place: usize, generation: u32) -> u64 {
 fn build() -> io::Result<IoUring> {
     let mut builder = IoUring::builder();
     builder.setup_r_disabled().setup_cqsize(4 * ENTRIES).dontfork();
-    builder.setup_single_issuer().setup_defer_taskrun().setup_coop_taskrun();
+    builder.setup_single_issuer().setup_defer_taskrun().setup_coop_taskrun().setup_taskrun_flag();
     match builder.build(ENTRIES) {
         Err(error) if error.raw_os_error() == Some(libc::EINVAL) => {
             let mut builder = IoUring::builder();

@@ -3,13 +3,14 @@
 use std::{
     fs::OpenOptions,
     io::{self, Cursor, Read, Write},
+    os::unix::net::UnixStream,
 };
 
 use proptest::{collection::vec, prelude::*};
 use vmseal_keys::Dek;
 use vmseal_model::{control::ExportKind, id::DiskId};
 
-use super::{handshake, transmission, wire::*};
+use super::{handshake, request::Session, transmission, wire::*};
 use crate::{
     cipher_pool::CipherPool,
     export::Export,
@@ -37,6 +38,27 @@ impl Write for Line {
     fn flush(&mut self) -> io::Result<()> {
         Ok(())
     }
+}
+
+/// What is left to say, said over a socket; what comes back until the server ends.
+fn talk(export: &Export, session: Session, line: &Line) -> Vec<u8> {
+    let (mut client, server) = UnixStream::pair().unwrap();
+    let says = line.says.get_ref().get(line.says.position() as usize..).unwrap_or_default();
+    std::thread::scope(|scope| {
+        scope.spawn(move || {
+            let _ = transmission::run(&server, export, session);
+        });
+        let mut reader = client.try_clone().unwrap();
+        let hears = scope.spawn(move || {
+            let mut heard = Vec::new();
+            let _ = reader.read_to_end(&mut heard);
+            heard
+        });
+        // A server that has heard enough closes.
+        let _ = client.write_all(says);
+        let _ = client.shutdown(std::net::Shutdown::Write);
+        hears.join().unwrap()
+    })
 }
 
 fn export() -> Export {
@@ -120,7 +142,8 @@ proptest! {
         prop_assert!(line.hears.starts_with(b"NBDMAGICIHAVEOPT"));
         if let Ok(Some(session)) = negotiated {
             line.hears.clear();
-            let _ = transmission::run(&mut line, &export, session);
+            let heard = talk(&export, session, &line);
+            line.hears = heard;
             let magics = [SIMPLE_REPLY_MAGIC.to_be_bytes(), STRUCTURED_REPLY_MAGIC.to_be_bytes()];
             prop_assert!(line.hears.is_empty() || magics.iter().any(|magic| line.hears.starts_with(magic)));
         }

@@ -1,14 +1,17 @@
-//! An NBD server for one export: the fixed newstyle handshake, then requests one after another.
+//! An NBD server for one export: the fixed newstyle handshake, then requests, many at a time.
 //!
 //! In: a connected stream of a peer that was let in, and its export. Out: when it is over, and why. Everything a peer
 //! says is bounded before it is stored: options 16 KiB and 128 of them, payloads 32 MiB. What is not understood is
 //! answered with an error where the protocol has one, and ends the connection where the stream would be out of step.
 //!
 //! Source: <https://github.com/NetworkBlockDevice/nbd/blob/master/doc/proto.md>. No TLS (a unix socket whose peer is
-//! known), no extended headers.
+//! known); extended headers are refused cleanly, and clients go on without.
 
+mod buffers;
 mod handshake;
+mod input;
 mod option;
+mod output;
 mod request;
 mod transmission;
 mod wire;
@@ -48,5 +51,5 @@ pub fn serve(stream: &UnixStream, export: &Export) -> Result<(), NbdError> {
     let Some(session) = handshake::negotiate(&mut socket, export)? else { return Ok(()) };
     stream.set_read_timeout(None)?;
     stream.set_write_timeout(None)?;
-    transmission::run(&mut socket, export, session)
+    transmission::run(stream, export, session)
 }

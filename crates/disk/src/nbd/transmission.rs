@@ -1,184 +1,360 @@
-//! Requests and replies, one after another on each connection.
+//! Requests and replies. Many requests are under way at a time, and replies go out in the order things are done.
 //!
-//! One buffer serves a connection: a payload is read into it, encrypted there and written from there; a read goes the
-//! other way. In front of it is room for a reply's header, so that header and data are one write.
+//! Payloads lie in buffers of the connection. On a store in memory a write is encrypted where it was received and
+//! written piece by piece, while it is in the processor's cache.
 
-use std::io::{self, Read, Write};
+use std::{
+    io,
+    os::{
+        fd::{AsFd, AsRawFd},
+        unix::net::UnixStream,
+    },
+};
+
+use slab::Slab;
 
 use super::{
     NbdError,
+    buffers::{Buffer, Buffers},
+    input::{Heard, Input},
+    output::Output,
     request::{Command, REQUEST_BYTES, Request, Session},
     wire::*,
 };
 use crate::{
     export::Export,
-    volume::{Volume, VolumeError},
+    lane::{Done, EngineKind, Lane, Operation, Request as LaneRequest, Segment},
+    volume::VolumeError,
 };
 
-/// Room for the longest header before data: a structured chunk (20 bytes) and an offset (8).
-const HEADROOM: usize = 64;
-/// A buffer larger than this is given back after the request that needed it.
-const KEPT_BUFFER: usize = 8 << 20;
 /// Most extents in one answer; a client asks again from where they end.
 const MAX_EXTENTS: usize = 4096;
+/// Of a write to a store in memory, so much is received and written at a time.
+const PIECE: usize = 128 << 10;
+/// How long a connection keeps large buffers without using them.
+const IDLE_MS: libc::c_int = 1000;
+/// The key of the socket among what the lane watches.
+const SOCKET: u32 = 0;
 
 /// Answers requests until the peer disconnects.
-pub(super) fn run(
-    socket: &mut (impl Read + Write),
-    export: &Export,
-    session: Session,
-) -> Result<(), NbdError> {
-    let mut buffer = Buffer::default();
-    while let Some(bytes) = next_request(socket)? {
-        let Some(request) = Request::parse(&bytes) else {
-            return Err(NbdError::Protocol("wrong magic before a request"));
-        };
-        let checked = request.check(export.volume().layout(), session);
-        if request.kind == CMD_WRITE {
-            // The payload follows whatever the verdict, and has to be taken off the stream.
-            if request.length > MAX_PAYLOAD {
-                return Err(NbdError::Protocol("payload is too long"));
-            }
-            let checked = match checked {
-                Ok(command) => buffer.resize(request.length as usize).map(|()| command),
-                refused => refused,
-            };
-            match checked {
-                Ok(_) => socket.read_exact(buffer.data())?,
-                Err(_) => skip(socket, u64::from(request.length))?,
-            }
-            let done = checked.and_then(|command| {
-                carry_out(export, command, &request, buffer.data()).map_err(|error| errno(&error))
-            });
-            simple_reply(socket, request.cookie, done.err().unwrap_or(0))?;
-        } else {
-            match checked {
-                Ok(Command::Disconnect) => return Ok(()),
-                Ok(Command::Read) => read(socket, export, session, &request, &mut buffer)?,
-                Ok(Command::BlockStatus { one }) => block_status(socket, export.volume(), one, &request)?,
-                Ok(command) => {
-                    let done = carry_out(export, command, &request, &mut []);
-                    simple_reply(socket, request.cookie, done.err().map_or(0, |error| errno(&error)))?;
-                }
-                Err(error) => error_reply(socket, session, &request, error)?,
-            }
-        }
-        buffer.shrink();
+pub(super) fn run(stream: &UnixStream, export: &Export, session: Session) -> Result<(), NbdError> {
+    let mut lane = Lane::new(export.volume().clone())?;
+    let at_once = lane.engine() == EngineKind::Blocking;
+    if !at_once {
+        lane.watch(stream.as_fd(), SOCKET)?;
     }
-    Ok(())
+    let connection = Connection {
+        lane,
+        at_once,
+        stream,
+        export,
+        session,
+        input: Input::new(),
+        output: Output::default(),
+        calls: Slab::new(),
+        buffers: Buffers::default(),
+    };
+    connection.serve()
 }
 
-/// Everything that answers with success or an error only.
-fn carry_out(
-    export: &Export,
+/// A request under way.
+struct Call {
+    request: Request,
     command: Command,
-    request: &Request,
-    payload: &mut [u8],
-) -> Result<(), VolumeError> {
-    let (volume, length) = (export.volume(), u64::from(request.length));
-    let fua = match command {
-        Command::Write { fua } => {
-            volume.write(request.offset, payload)?;
-            export.count_written(length);
-            fua
-        }
-        Command::WriteZeroes { fua } => {
-            volume.write_zeroes(request.offset, length)?;
-            export.count_written(length);
-            fua
-        }
-        Command::Trim { fua } => {
-            volume.discard(request.offset, length)?;
-            fua
-        }
-        Command::Flush => true,
-        Command::Read | Command::BlockStatus { .. } | Command::Disconnect => false,
-    };
-    if fua { volume.flush() } else { Ok(()) }
+    buffer: Option<Buffer>,
 }
 
-fn read(
-    socket: &mut impl Write,
-    export: &Export,
+/// One connection in its transmission phase. The lane comes first: dropped first, it waits for what is under way in
+/// buffers of the calls.
+struct Connection<'a> {
+    lane: Lane,
+    /// Whether what was submitted is always done at once.
+    at_once: bool,
+    stream: &'a UnixStream,
+    export: &'a Export,
     session: Session,
-    request: &Request,
-    buffer: &mut Buffer,
-) -> Result<(), NbdError> {
-    let done = buffer
-        .resize(request.length as usize)
-        .and_then(|()| export.volume().read(request.offset, buffer.data()).map_err(|error| errno(&error)));
-    if let Err(error) = done {
-        return error_reply(socket, session, request, error);
-    }
-    export.count_read(u64::from(request.length));
-    let header = if session.structured {
-        let mut header = chunk_header(REPLY_TYPE_OFFSET_DATA, request.cookie, 8 + request.length);
-        header.extend(request.offset.to_be_bytes());
-        header
-    } else {
-        simple_header(request.cookie, 0)
-    };
-    Ok(socket.write_all(buffer.behind(&header))?)
+    input: Input,
+    output: Output,
+    calls: Slab<Call>,
+    buffers: Buffers,
 }
 
-fn block_status(
-    socket: &mut impl Write,
-    volume: &Volume,
-    one: bool,
-    request: &Request,
-) -> Result<(), NbdError> {
-    let most = if one { 1 } else { MAX_EXTENTS };
-    let extents = match volume.extents(request.offset, u64::from(request.length), most) {
-        Ok(extents) => extents,
-        Err(error) => {
-            let session = Session { structured: true, allocation: true };
-            return error_reply(socket, session, request, errno(&error));
+impl Connection<'_> {
+    fn serve(mut self) -> Result<(), NbdError> {
+        loop {
+            let goes_on = self.take_requests()?;
+            self.answer_done()?;
+            self.output.send(self.stream, &mut self.buffers)?;
+            if !goes_on {
+                return self.end();
+            }
+            match self.hear()? {
+                Heard::End if self.input.is_empty() => return self.end(),
+                Heard::End => return Err(NbdError::Socket(io::ErrorKind::UnexpectedEof.into())),
+                Heard::More | Heard::Nothing => {}
+            }
         }
-    };
-    let mut answer = chunk_header(REPLY_TYPE_BLOCK_STATUS, request.cookie, 4 + 8 * extents.len() as u32);
-    answer.extend(ALLOCATION_ID.to_be_bytes());
-    for extent in extents {
-        // Never longer than the request, whose length is a u32. Never "zero": a hole reads as anything.
-        answer.extend(u32::try_from(extent.len).unwrap_or(request.length).to_be_bytes());
-        answer.extend(if extent.hole { STATE_HOLE } else { 0 }.to_be_bytes());
     }
-    Ok(socket.write_all(&answer)?)
-}
 
-/// Reads and block status must be answered by chunks once these were agreed on; everything else may be simple.
-fn error_reply(
-    socket: &mut impl Write,
-    session: Session,
-    request: &Request,
-    error: u32,
-) -> Result<(), NbdError> {
-    if !session.structured || !matches!(request.kind, CMD_READ | CMD_BLOCK_STATUS) {
-        return simple_reply(socket, request.cookie, error);
+    /// Everything that was taken is done and answered.
+    fn end(mut self) -> Result<(), NbdError> {
+        while !self.calls.is_empty() {
+            self.lane.wait()?;
+            while self.lane.next_ready().is_some() {}
+            self.answer_done()?;
+            // A peer that is gone needs no answers; that what it asked for is done counts.
+            let _ = self.output.send(self.stream, &mut self.buffers);
+        }
+        Ok(())
     }
-    let mut chunk = chunk_header(REPLY_TYPE_ERROR, request.cookie, 6);
-    chunk.extend(error.to_be_bytes());
-    chunk.extend(0u16.to_be_bytes());
-    Ok(socket.write_all(&chunk)?)
+
+    /// Takes up what was received; false if the client wants to end.
+    fn take_requests(&mut self) -> Result<bool, NbdError> {
+        while self.lane.has_room() && self.buffers.has_room() {
+            let Some(bytes) = self.input.take::<REQUEST_BYTES>() else { break };
+            let Some(request) = Request::parse(&bytes) else {
+                return Err(NbdError::Protocol("wrong magic before a request"));
+            };
+            match request.check(self.export.volume().layout(), self.session) {
+                Ok(Command::Disconnect) => return Ok(false),
+                Ok(command) => self.take_up(request, command)?,
+                Err(errno) => {
+                    self.skip_payload(&request)?;
+                    self.error_reply(&request, errno);
+                }
+            }
+            if self.at_once {
+                self.answer_done()?;
+            }
+            if self.output.is_full() {
+                self.output.send(self.stream, &mut self.buffers)?;
+            }
+        }
+        Ok(true)
+    }
+
+    fn skip_payload(&mut self, request: &Request) -> Result<(), NbdError> {
+        if request.kind != CMD_WRITE {
+            return Ok(());
+        }
+        if request.length > MAX_PAYLOAD {
+            return Err(NbdError::Protocol("payload is too long"));
+        }
+        Ok(self.input.skip(self.stream, u64::from(request.length))?)
+    }
+
+    fn take_up(&mut self, request: Request, command: Command) -> Result<(), NbdError> {
+        let operation = match command {
+            Command::Read => Operation::Read,
+            Command::Write { fua } => {
+                if request.length > MAX_PAYLOAD {
+                    return Err(NbdError::Protocol("payload is too long"));
+                }
+                if self.at_once {
+                    return self.write_through(&request, fua);
+                }
+                Operation::Write { fua }
+            }
+            Command::WriteZeroes { fua } => Operation::WriteZeroes { fua },
+            Command::Trim { .. } => Operation::Discard,
+            Command::Flush => Operation::Flush,
+            Command::BlockStatus { one } => {
+                self.block_status(&request, one);
+                return Ok(());
+            }
+            Command::Disconnect => return Ok(()),
+        };
+        let mut buffer = None;
+        if matches!(command, Command::Read | Command::Write { .. }) {
+            let Ok(taken) = self.buffers.take(request.length as usize) else {
+                self.skip_payload(&request)?;
+                self.error_reply(&request, ENOMEM);
+                return Ok(());
+            };
+            buffer = Some(taken);
+        }
+        if let (Command::Write { .. }, Some(buffer)) = (command, &mut buffer) {
+            self.input.fill(self.stream, buffer.bytes())?;
+        }
+        let segments =
+            buffer.iter().map(|buffer| Segment { base: buffer.base(), len: buffer.len() }).collect();
+        let token = self.calls.insert(Call { request, command, buffer }) as u64;
+        let (offset, length) = (request.offset, u64::from(request.length));
+        // SAFETY: the buffer stays with the call until the outcome was taken, and the lane is dropped before the calls.
+        unsafe { self.lane.submit(LaneRequest { token, operation, offset, length, segments }) };
+        Ok(())
+    }
+
+    /// Receives, encrypts and writes a payload piece by piece.
+    fn write_through(&mut self, request: &Request, fua: bool) -> Result<(), NbdError> {
+        let volume = self.export.volume();
+        let length = request.length as usize;
+        let Ok(mut buffer) = self.buffers.take(length.min(PIECE)) else {
+            self.skip_payload(request)?;
+            self.error_reply(request, ENOMEM);
+            return Ok(());
+        };
+        let (mut done, mut outcome) = (0, Ok(()));
+        while done < length {
+            let piece = buffer.bytes().get_mut(..(length - done).min(PIECE)).unwrap_or_default();
+            self.input.fill(self.stream, piece)?;
+            if outcome.is_ok() {
+                outcome = volume.write(request.offset + done as u64, piece);
+            }
+            done += piece.len();
+        }
+        self.buffers.give_back(buffer);
+        if fua && outcome.is_ok() {
+            outcome = volume.flush();
+        }
+        match outcome {
+            Ok(()) => {
+                self.export.count_written(length as u64);
+                self.simple_reply(request.cookie, 0);
+            }
+            Err(error) => self.simple_reply(request.cookie, errno(&error)),
+        }
+        Ok(())
+    }
+
+    fn answer_done(&mut self) -> Result<(), NbdError> {
+        while let Some(done) = self.lane.next_done() {
+            self.answer(done);
+            if self.output.is_full() {
+                self.output.send(self.stream, &mut self.buffers)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn answer(&mut self, done: Done) {
+        let token = done.token as usize;
+        if let (Ok(()), Some(call)) = (&done.result, self.calls.get_mut(token))
+            && call.command == (Command::Trim { fua: true })
+        {
+            // Durable means after the discard.
+            call.command = Command::Flush;
+            let request = LaneRequest {
+                token: done.token,
+                operation: Operation::Flush,
+                offset: 0,
+                length: 0,
+                segments: Vec::new(),
+            };
+            // SAFETY: a flush has no memory.
+            unsafe { self.lane.submit(request) };
+            return;
+        }
+        let Some(call) = self.calls.try_remove(token) else { return };
+        let Call { request, command, buffer } = call;
+        if let Err(error) = done.result {
+            if let Some(buffer) = buffer {
+                self.buffers.give_back(buffer);
+            }
+            return self.error_reply(&request, errno(&error));
+        }
+        match command {
+            Command::Read => {
+                self.export.count_read(u64::from(request.length));
+                let mut header = self.output.header();
+                if self.session.structured {
+                    chunk_header(&mut header, REPLY_TYPE_OFFSET_DATA, request.cookie, 8 + request.length);
+                    header.extend(request.offset.to_be_bytes());
+                } else {
+                    simple_header(&mut header, request.cookie, 0);
+                }
+                self.output.push(header, buffer);
+                return;
+            }
+            Command::Write { .. } | Command::WriteZeroes { .. } => {
+                self.export.count_written(u64::from(request.length));
+            }
+            Command::Flush | Command::Trim { .. } | Command::BlockStatus { .. } | Command::Disconnect => {}
+        }
+        if let Some(buffer) = buffer {
+            self.buffers.give_back(buffer);
+        }
+        self.simple_reply(request.cookie, 0);
+    }
+
+    fn block_status(&mut self, request: &Request, one: bool) {
+        let most = if one { 1 } else { MAX_EXTENTS };
+        let extents = match self.export.volume().extents(request.offset, u64::from(request.length), most) {
+            Ok(extents) => extents,
+            Err(error) => return self.error_reply(request, errno(&error)),
+        };
+        let mut answer = self.output.header();
+        chunk_header(&mut answer, REPLY_TYPE_BLOCK_STATUS, request.cookie, 4 + 8 * extents.len() as u32);
+        answer.extend(ALLOCATION_ID.to_be_bytes());
+        for extent in extents {
+            // Never longer than the request, whose length is a u32. Never "zero": a hole reads as anything.
+            answer.extend(u32::try_from(extent.len).unwrap_or(request.length).to_be_bytes());
+            answer.extend(if extent.hole { STATE_HOLE } else { 0 }.to_be_bytes());
+        }
+        self.output.push(answer, None);
+    }
+
+    /// Reads and block status must be answered by chunks once these were agreed on; everything else may be simple.
+    fn error_reply(&mut self, request: &Request, error: u32) {
+        if !self.session.structured || !matches!(request.kind, CMD_READ | CMD_BLOCK_STATUS) {
+            return self.simple_reply(request.cookie, error);
+        }
+        let mut chunk = self.output.header();
+        chunk_header(&mut chunk, REPLY_TYPE_ERROR, request.cookie, 6);
+        chunk.extend(error.to_be_bytes());
+        chunk.extend(0u16.to_be_bytes());
+        self.output.push(chunk, None);
+    }
+
+    fn simple_reply(&mut self, cookie: u64, error: u32) {
+        let mut header = self.output.header();
+        simple_header(&mut header, cookie, error);
+        self.output.push(header, None);
+    }
+
+    /// Waits for the next thing to do: bytes of the client, or something that is done.
+    fn hear(&mut self) -> Result<Heard, NbdError> {
+        if self.calls.is_empty() {
+            if self.buffers.keep_much() && !readable(self.stream, IDLE_MS) {
+                self.buffers.release();
+            }
+            return Ok(self.input.receive(self.stream, true)?);
+        }
+        // Not while the lane is full: what was received already waits, too.
+        if self.lane.has_room() && self.buffers.has_room() {
+            match self.input.receive(self.stream, false)? {
+                Heard::Nothing => {}
+                heard => {
+                    self.lane.poll()?;
+                    return Ok(heard);
+                }
+            }
+        }
+        self.lane.wait()?;
+        while self.lane.next_ready().is_some() {}
+        Ok(Heard::Nothing)
+    }
 }
 
-fn simple_reply(socket: &mut impl Write, cookie: u64, error: u32) -> Result<(), NbdError> {
-    Ok(socket.write_all(&simple_header(cookie, error))?)
+/// Whether there is something to receive within so many milliseconds.
+fn readable(stream: &UnixStream, milliseconds: libc::c_int) -> bool {
+    let mut poll = libc::pollfd { fd: stream.as_raw_fd(), events: libc::POLLIN, revents: 0 };
+    // SAFETY: one pollfd, valid for the call.
+    unsafe { libc::poll(&mut poll, 1, milliseconds) != 0 }
 }
 
-fn simple_header(cookie: u64, error: u32) -> Vec<u8> {
-    let mut header = SIMPLE_REPLY_MAGIC.to_be_bytes().to_vec();
+fn simple_header(header: &mut Vec<u8>, cookie: u64, error: u32) {
+    header.extend(SIMPLE_REPLY_MAGIC.to_be_bytes());
     header.extend(error.to_be_bytes());
     header.extend(cookie.to_be_bytes());
-    header
 }
 
-fn chunk_header(kind: u16, cookie: u64, length: u32) -> Vec<u8> {
-    let mut header = STRUCTURED_REPLY_MAGIC.to_be_bytes().to_vec();
+fn chunk_header(header: &mut Vec<u8>, kind: u16, cookie: u64, length: u32) {
+    header.extend(STRUCTURED_REPLY_MAGIC.to_be_bytes());
     header.extend(REPLY_FLAG_DONE.to_be_bytes());
     header.extend(kind.to_be_bytes());
     header.extend(cookie.to_be_bytes());
     header.extend(length.to_be_bytes());
-    header
 }
 
 fn errno(error: &VolumeError) -> u32 {
@@ -188,96 +364,5 @@ fn errno(error: &VolumeError) -> u32 {
         VolumeError::NoSpace(_) => ENOSPC,
         VolumeError::Io(error) if error.raw_os_error() == Some(libc::ENOMEM) => ENOMEM,
         VolumeError::FlushFailed | VolumeError::Truncated | VolumeError::Io(_) => EIO,
-    }
-}
-
-/// The next request's bytes; `None` if the peer closed between requests.
-fn next_request(socket: &mut impl Read) -> Result<Option<[u8; REQUEST_BYTES]>, NbdError> {
-    let mut bytes = [0; REQUEST_BYTES];
-    let mut got = 0;
-    while let Some(rest) = bytes.get_mut(got..).filter(|rest| !rest.is_empty()) {
-        match socket.read(rest) {
-            Ok(0) if got == 0 => return Ok(None),
-            Ok(0) => return Err(NbdError::Socket(io::ErrorKind::UnexpectedEof.into())),
-            Ok(more) => got += more,
-            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-            // A client that was killed with replies unread looks like this.
-            Err(error) if got == 0 && error.kind() == io::ErrorKind::ConnectionReset => return Ok(None),
-            Err(error) => return Err(error.into()),
-        }
-    }
-    Ok(Some(bytes))
-}
-
-/// Takes a payload nobody wants off the stream.
-fn skip(socket: &mut impl Read, length: u64) -> Result<(), NbdError> {
-    if io::copy(&mut socket.take(length), &mut io::sink())? < length {
-        return Err(NbdError::Socket(io::ErrorKind::UnexpectedEof.into()));
-    }
-    Ok(())
-}
-
-/// Room for a header, then data.
-#[derive(Default)]
-struct Buffer {
-    bytes: Vec<u8>,
-    length: usize,
-}
-
-impl Buffer {
-    /// Makes room for `length` bytes of data, whose content is whatever was there.
-    fn resize(&mut self, length: usize) -> Result<(), u32> {
-        let whole = HEADROOM + length;
-        if self.bytes.len() < whole {
-            self.bytes.try_reserve_exact(whole - self.bytes.len()).map_err(|_| ENOMEM)?;
-            self.bytes.resize(whole, 0);
-        }
-        self.length = length;
-        Ok(())
-    }
-
-    fn data(&mut self) -> &mut [u8] {
-        self.bytes.get_mut(HEADROOM..HEADROOM + self.length).unwrap_or_default()
-    }
-
-    /// `header` and the data, without a gap.
-    fn behind(&mut self, header: &[u8]) -> &[u8] {
-        let start = HEADROOM - header.len();
-        if let Some(room) = self.bytes.get_mut(start..HEADROOM) {
-            room.copy_from_slice(header);
-        }
-        self.bytes.get(start..HEADROOM + self.length).unwrap_or_default()
-    }
-
-    fn shrink(&mut self) {
-        if self.bytes.len() > HEADROOM + KEPT_BUFFER {
-            *self = Self::default();
-        }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn header_and_data_lie_together_and_a_large_buffer_is_given_back() {
-        let mut buffer = Buffer::default();
-        buffer.resize(3).unwrap();
-        buffer.data().copy_from_slice(b"abc");
-        assert_eq!(buffer.behind(b"head"), b"headabc");
-        assert_eq!(buffer.behind(&chunk_header(1, 2, 3)).len(), 23);
-        buffer.resize(MAX_PAYLOAD as usize).unwrap();
-        buffer.shrink();
-        assert_eq!(buffer.bytes.capacity(), 0);
-        assert_eq!(buffer.data(), b"");
-    }
-
-    #[test]
-    fn payload_cut_short_is_an_end_of_file() {
-        assert!(skip(&mut [0u8; 4].as_slice(), 4).is_ok());
-        assert!(skip(&mut [0u8; 3].as_slice(), 4).is_err());
-        assert!(next_request(&mut [0u8; 0].as_slice()).unwrap().is_none());
-        assert!(next_request(&mut [0u8; 27].as_slice()).is_err());
     }
 }

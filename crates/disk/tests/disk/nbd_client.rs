@@ -1,6 +1,7 @@
 //! A small NBD client that says exactly what a test wants said, and keeps going after errors.
 
 use std::{
+    collections::BTreeSet,
     io::{self, Read, Write},
     os::unix::net::UnixStream,
     path::Path,
@@ -189,16 +190,26 @@ impl Client {
         self.answer(0).map(drop)
     }
 
-    /// Sends all, then waits for all answers.
+    /// Sends all, then waits for all answers, which may come in any order.
     pub(crate) fn write_batch(&mut self, writes: &[(u64, Vec<u8>)]) -> Result<(), Fault> {
         let first = self.cookie;
         for (offset, data) in writes {
             self.send(WRITE, 0, *offset, data.len() as u32)?;
             self.stream.write_all(data)?;
         }
-        for i in 0..writes.len() as u64 {
-            self.cookie = first + 1 + i;
-            self.answer(0)?;
+        let last = self.cookie;
+        let mut open: BTreeSet<u64> = (first + 1..=last).collect();
+        while !open.is_empty() {
+            let mut reply = [0; 16];
+            self.stream.read_exact(&mut reply)?;
+            let [magic, errno, high, low] = std::array::from_fn(|word| {
+                u32::from_be_bytes(std::array::from_fn(|byte| reply[4 * word + byte]))
+            });
+            assert_eq!(magic, 0x6744_6698, "a write is answered by a simple reply");
+            assert!(open.remove(&(u64::from(high) << 32 | u64::from(low))), "answered twice, or never asked");
+            if errno != 0 {
+                return Err(Fault::Errno(errno));
+            }
         }
         Ok(())
     }
