@@ -2,6 +2,7 @@
 //! ones that mean harm. One test binary, so that it links once.
 
 mod crash;
+mod fio;
 mod growth;
 mod hostile;
 mod identity;
