@@ -71,7 +71,7 @@ fn fio(mut command: Command, file: &Path, kilobytes: u64, rounds: u64, log: &Pat
             "--ioengine=io_uring",
         ])
         .args(["--direct=0", "--fsync=32", "--verify=crc32c", "--verify_fatal=1", "--do_verify=1"])
-        .args(["--verify_backlog=64", "--randrepeat=0", "--minimal"])
+        .args(["--verify_backlog=64", "--randrepeat=0", "--verify_state_save=0", "--minimal"])
         .stdout(Stdio::null())
         .stderr(File::create(log).unwrap())
         .spawn()
