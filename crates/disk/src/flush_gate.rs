@@ -10,7 +10,7 @@ use std::{
     sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError},
 };
 
-use crate::log;
+use crate::{latch::FlushLatch, log};
 
 /// Whether a flush may begin.
 #[derive(Debug, PartialEq, Eq)]
@@ -28,20 +28,26 @@ pub(crate) enum Begun {
 pub(crate) struct FlushGate {
     state: Mutex<State>,
     freed: Condvar,
+    /// Set and asked while the state is held.
+    failed: FlushLatch,
 }
 
 #[derive(Default)]
 struct State {
     busy: bool,
-    failed: bool,
     waiting: Vec<Arc<Bell>>,
 }
 
 impl FlushGate {
+    /// A gate that is shut already if a flush failed in an earlier worker.
+    pub(crate) fn new(failed: FlushLatch) -> Self {
+        Self { failed, ..Self::default() }
+    }
+
     /// Asks to flush; rings `bell` later if it has to wait.
     pub(crate) fn begin(&self, bell: &Arc<Bell>) -> Begun {
         let mut state = self.state();
-        if state.failed {
+        if self.failed.is_set() {
             return Begun::Failed;
         }
         if state.busy {
@@ -60,7 +66,7 @@ impl FlushGate {
         while state.busy {
             state = self.freed.wait(state).unwrap_or_else(PoisonError::into_inner);
         }
-        if state.failed {
+        if self.failed.is_set() {
             return false;
         }
         state.busy = true;
@@ -72,16 +78,16 @@ impl FlushGate {
     pub(crate) fn end(&self, result: io::Result<()>) -> bool {
         let mut state = self.state();
         if let Err(error) = result {
-            state.failed = true;
+            self.failed.set();
             log::line(format_args!(
-                "flush failed, and every later one of this disk counts as failed: {error}"
+                "flush failed, and every later one of this disk counts as failed until the VM is started again: {error}"
             ));
         }
         state.busy = false;
         for bell in state.waiting.drain(..) {
             bell.ring();
         }
-        let durable = !state.failed;
+        let durable = !self.failed.is_set();
         drop(state);
         self.freed.notify_one();
         durable
@@ -148,6 +154,15 @@ mod tests {
         assert_eq!(gate.begin(&bell), Begun::Now);
         assert!(!gate.end(Err(io::Error::from_raw_os_error(libc::EIO))));
         assert_eq!(gate.begin(&bell), Begun::Failed);
+        assert!(!gate.flush_by(|| panic!("a flush after a failed one")));
+    }
+
+    #[test]
+    fn failure_of_an_earlier_worker_counts() {
+        let latch = FlushLatch::own();
+        latch.set();
+        let gate = FlushGate::new(latch);
+        assert_eq!(gate.begin(&Arc::new(Bell::new().unwrap())), Begun::Failed);
         assert!(!gate.flush_by(|| panic!("a flush after a failed one")));
     }
 

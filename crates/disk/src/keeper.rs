@@ -22,6 +22,7 @@ use crate::{
     EXIT_DONE, EXIT_FAILED, EXIT_SETUP,
     descriptors::{block_signals, peer_of},
     frame::{self, RawFrame},
+    latch::SharedPage,
     log,
 };
 
@@ -49,11 +50,15 @@ pub fn run(setup: UnixStream) -> i32 {
         Ok(peer) => peer.uid,
         Err(error) => return failed(format_args!("keeper cannot see who started it: {error}")),
     };
-    let frame = match frame::receive_raw(&setup) {
+    let mut frame = match frame::receive_raw(&setup) {
         Ok(Some(frame)) => frame,
         Ok(None) => return failed(format_args!("keeper got no setup: the agent closed the socket")),
         Err(error) => return failed(format_args!("keeper got no setup: {error}")),
     };
+    match SharedPage::create() {
+        Ok(page) => frame.fds.push(page),
+        Err(error) => return failed(format_args!("keeper has no memory to share: {error}")),
+    }
     // `setup` stays open: the agent sees this process end by its end of file. Nothing is read from it again.
     keep(&frame, owner, &signals)
 }

@@ -17,6 +17,7 @@ pub mod frame;
 pub mod job;
 pub mod keeper;
 pub mod lane;
+pub mod latch;
 pub mod log;
 pub mod nbd;
 pub mod peer;

@@ -3,10 +3,12 @@
 
 use std::{
     fs::File,
+    io,
     os::{
         fd::{AsFd, OwnedFd},
         unix::net::UnixListener,
     },
+    sync::Arc,
 };
 
 use vmseal_keys::{Dek, SecretError, SecretShare, key_check};
@@ -20,13 +22,14 @@ use crate::{
     cipher_pool::CipherPool,
     descriptors::is_unix_listener,
     export::Export,
+    latch::{FlushLatch, SharedPage},
     peer::PeerPolicy,
     store::{FileStore, Store, StoreError},
     volume::{Layout, Volume, VolumeError},
 };
 
 /// More disks than their descriptors fit into one frame are not possible; this bounds key slots too.
-pub const MAX_DISKS: usize = 125;
+pub const MAX_DISKS: usize = 124;
 /// XTS under one key: 2^44 blocks of 16 bytes (DESIGN §4).
 const MAX_PRESENTED: u64 = 16 << 44;
 
@@ -66,6 +69,9 @@ pub enum SetupError {
     /// The key memory cannot be used.
     #[error("key memory cannot be used")]
     KeyMemory(#[source] SecretError),
+    /// The keeper's page cannot be used.
+    #[error("the keeper's page cannot be used")]
+    SharedPage(#[source] io::Error),
 }
 
 /// What is wrong with one disk of a setup.
@@ -103,6 +109,8 @@ pub struct Prepared {
     pub exports: Vec<(Export, UnixListener)>,
     /// Detached headers: kept open for the locks on them.
     pub headers: Vec<OwnedFd>,
+    /// What workers of this keeper tell the next one.
+    pub page: Arc<SharedPage>,
 }
 
 /// Checks a setup and makes of it what is served. `owner` is the uid that set this process up.
@@ -110,23 +118,26 @@ pub struct Prepared {
 /// # Errors
 ///
 /// [`SetupError`]. Trying again with the same setup does not help.
-pub fn prepare(setup: &Setup, fds: Vec<OwnedFd>, owner: u32) -> Result<Prepared, SetupError> {
+pub fn prepare(setup: &Setup, mut fds: Vec<OwnedFd>, owner: u32) -> Result<Prepared, SetupError> {
     if setup.version != CONTROL_VERSION {
         return Err(SetupError::Version { found: setup.version });
     }
     if setup.disks.is_empty() || setup.disks.len() > MAX_DISKS {
         return Err(SetupError::Malformed("it names no disk, or too many"));
     }
-    let expected = 3 + setup.disks.iter().map(|disk| 2 + usize::from(disk.detached_header)).sum::<usize>();
+    let expected = 4 + setup.disks.iter().map(|disk| 2 + usize::from(disk.detached_header)).sum::<usize>();
     if fds.len() != expected {
         return Err(SetupError::Descriptors { found: fds.len(), expected });
     }
+    // The keeper's own, behind everything the agent gave it.
+    let page = fds.pop().ok_or(SetupError::Descriptors { found: 0, expected })?;
     let mut fds = fds.into_iter();
     let mut next = || fds.next().ok_or(SetupError::Descriptors { found: 0, expected });
     let (keys, control, directory) = (next()?, listener(next()?)?, next()?);
     let policy = PeerPolicy::new(directory, &setup.pid_file, owner)
         .ok_or(SetupError::Malformed("the pid file's name is not a plain file name"))?;
     let keys = KeyMemory::map(keys, &setup.disks)?;
+    let page = SharedPage::map(page.as_fd()).map_err(SetupError::SharedPage)?;
     let (mut exports, mut headers) = (Vec::new(), Vec::new());
     for (at, disk) in setup.disks.iter().enumerate() {
         if setup.disks.iter().take(at).any(|other| other.disk == disk.disk) {
@@ -137,10 +148,11 @@ pub fn prepare(setup: &Setup, fds: Vec<OwnedFd>, owner: u32) -> Result<Prepared,
             headers.push(next()?);
         }
         let listener = listener(next()?)?;
-        let volume = open_volume(disk, setup.vm, &keys, data).map_err(defect(disk))?;
+        let latch = FlushLatch::shared(page.clone(), at);
+        let volume = open_volume(disk, setup.vm, &keys, data).map_err(defect(disk))?.latched(latch);
         exports.push((Export::new(disk.disk, disk.target.clone(), disk.export, volume), listener));
     }
-    Ok(Prepared { vm: setup.vm, domain: setup.domain, control, policy, exports, headers })
+    Ok(Prepared { vm: setup.vm, domain: setup.domain, control, policy, exports, headers, page })
 }
 
 fn defect(disk: &DiskSetup) -> impl Fn(DiskDefect) -> SetupError + use<> {

@@ -19,6 +19,7 @@ use std::{
 use crate::{
     cipher_pool::CipherPool,
     flush_gate::FlushGate,
+    latch::FlushLatch,
     store::{Alignment, Store},
 };
 
@@ -124,6 +125,11 @@ impl Volume {
     #[doc(hidden)]
     pub fn plain_for_bench(store: Box<dyn Store>, layout: Layout) -> Result<Self, VolumeError> {
         Self::with(store, None, layout)
+    }
+
+    /// The same, and every flush fails if one failed already.
+    pub fn latched(self, latch: FlushLatch) -> Self {
+        Self { flushes: FlushGate::new(latch), ..self }
     }
 
     fn with(store: Box<dyn Store>, ciphers: Option<CipherPool>, layout: Layout) -> Result<Self, VolumeError> {

@@ -80,8 +80,8 @@ pub(crate) fn with_causes(error: &dyn std::error::Error) -> String {
 }
 
 fn serve(prepared: Prepared, keeper: i32, owner: u32, signals: &libc::sigset_t) -> i32 {
-    // Headers stay open as long as this function runs, which is as long as the worker serves.
-    let Prepared { vm, domain, control, policy, exports, headers: _headers } = prepared;
+    // Headers stay open, and the page mapped, as long as this function runs, which is as long as the worker serves.
+    let Prepared { vm, domain, control, policy, exports, headers: _headers, page: _page } = prepared;
     let policy = Arc::new(policy);
     let mut served = Vec::new();
     let mut listeners = Vec::new();

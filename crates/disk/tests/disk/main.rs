@@ -8,6 +8,7 @@ mod hostile;
 mod identity;
 mod interop;
 mod jobs;
+mod latch;
 mod lifecycle;
 mod memory;
 mod nbd_client;
