@@ -9,7 +9,7 @@ export CARGO_TERM_COLOR ?= auto
 # Each is a file below tests/e2e/tests.
 SOAKS = boot create elsewhere outages hooks kills memory encrypt growth tamper
 
-.PHONY: help demo demo-down test test-vectors bench-start lint build failpoints setup rust nextest
+.PHONY: help demo demo-down test test-vectors bench-start bench-disk lint build failpoints setup rust nextest
 # cargo does the work in parallel.
 .NOTPARALLEL:
 
@@ -20,6 +20,7 @@ help:
 	@echo 'make test-vectors  only the published test vectors'
 	@echo 'make soak-NAME     one proof in its full count: $(SOAKS)'
 	@echo 'make bench-start   what encryption adds to virsh start; writes bench/out/start.json'
+	@echo 'make bench-disk    our disks beside QEMU and nbdkit (8 minutes); writes bench/out/disk.json; ARGS="--only TEXT"'
 	@echo 'make lint          what CI demands of the source: format, lints, doors, bans'
 	@echo 'make build         the programs, below target/release'
 
@@ -50,6 +51,11 @@ $(SOAKS:%=soak-%): soak-%: failpoints build nextest
 
 bench-start: build
 	@$(CARGO) run --quiet $(PROFILE) -p vmseal-e2e --bin bench_start
+
+bench-disk: setup rust
+	$(CARGO) build $(PROFILE) --locked -p vmseal-disk
+	$(CARGO) build $(PROFILE) --locked -p vmseal-bench-disk
+	@$(OUT)/bench-disk $(ARGS)
 
 lint: rust
 	$(CARGO) fmt --all --check
