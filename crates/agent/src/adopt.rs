@@ -4,6 +4,7 @@
 //! domain in the store. Volumes and records stay as they are: they belong to the VM and know no domain.
 
 use vmseal_model::{
+    class::DiskClass,
     id::{DiskId, DomainUuid, VmId},
     metadata::{DiskMetadata, VmMetadata},
     refusal::Code,
@@ -13,7 +14,8 @@ use vmseal_model::{
 use crate::{
     config::AgentConfig,
     domain_xml::{DomainXml, EncryptedSource},
-    inventory::{our_export, vm_of},
+    inventory::vm_of,
+    ours::OnSocket,
     ports::{Definition, Hypervisor, HypervisorError},
     store::Store,
     tasks::Refusal,
@@ -39,31 +41,36 @@ pub fn adopt(
     let mut xml = DomainXml::parse(&hypervisor.xml(domain, Definition::Persistent)?)?;
     let metadata = xml.metadata()?;
     let disks = xml.disks();
-    let ours = disks.iter().filter_map(|disk| Some((disk.target.clone(), our_export(config, disk)?)));
-    let ours: Vec<(String, DiskId)> = ours.collect();
+    let ours = disks.iter().filter_map(|disk| {
+        let on = OnSocket::of(config, disk)?;
+        Some((disk.target.clone(), on.disk(metadata.as_ref(), store, domain)?, on.class))
+    });
+    let ours: Vec<(String, DiskId, DiskClass)> = ours.collect();
     let owner = |disk: &DiskId| store.disk(*disk).map(|(vm, _)| vm);
     // As the inventory told the server, which has bound these two already.
     let Some(vm) = vm_of(store, config, domain, &xml).filter(|_| !ours.is_empty()) else {
         let text = format!("VM '{}' has no encrypted disk that is known here", info.name);
         return Err(Refusal::new(Code::NothingToDo, text));
     };
-    if let Some((target, _)) = ours.iter().find(|(_, disk)| owner(disk).is_some_and(|owner| owner != vm)) {
+    if let Some((target, ..)) = ours.iter().find(|(_, disk, _)| owner(disk).is_some_and(|owner| owner != vm))
+    {
         let text = format!("disk {target} of '{}' belongs to another VM than its metadata says", info.name);
         return Err(Refusal::new(Code::Integrity, text));
     }
     refuse_twice(hypervisor, store, metadata.as_ref(), vm, domain)?;
 
     let mut disks = Vec::with_capacity(ours.len());
-    for (target, disk) in ours {
-        let known = disk_of(store, metadata.as_ref(), &target, disk).ok_or_else(|| {
+    for (target, disk, class) in ours {
+        let mut known = disk_of(store, metadata.as_ref(), &target, disk).ok_or_else(|| {
             Refusal::new(Code::UnknownVm, format!("nothing is known here of disk {target} ({disk})"))
                 .hint("put the vmseal element of the original into its metadata")
         })?;
         let socket = config.disk_socket(domain, &target).to_string_lossy().into_owned();
-        xml.encrypt_disk(&target, &EncryptedSource { disk, format: known.format, socket })?;
+        let source = EncryptedSource { disk, format: known.format, socket, class };
+        (known.class, known.aside) = (class, xml.encrypt_disk(&target, &source)?);
         disks.push(known);
     }
-    xml.set_metadata(&VmMetadata { vm, domain, disks });
+    xml.set_disks(vm, domain, disks)?;
     store.bind(vm, domain)?;
     hypervisor.define(&xml.to_xml())?;
     Ok(format!("VM '{}' is VM {vm} from now on", info.name))

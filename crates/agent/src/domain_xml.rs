@@ -4,15 +4,18 @@
 //! asks no libvirt: whether a change makes sense is for the tasks to know.
 
 use vmseal_model::{
-    id::{DiskId, DomainUuid},
-    metadata::{NAMESPACE, VmMetadata},
+    class::DiskClass,
+    id::{DiskId, DomainUuid, VmId},
+    metadata::{Aside, DiskMetadata, NAMESPACE, SharedMemory, VmMetadata},
     state::InnerFormat,
 };
 
 pub use crate::metadata::metadata_element;
 pub use crate::xml::XmlError;
 use crate::{
+    fast_disk::{self, replace_source},
     metadata::{from_element, qualified_element},
+    shared_memory,
     xml::{Document, Element, Node},
 };
 
@@ -75,6 +78,11 @@ pub enum DiskSource {
         /// The export's name; with ours the disk id.
         export: String,
     },
+    /// A vhost-user-blk back end on a unix socket, as ours are of class `fast`. It has no name for the disk behind it.
+    VhostUser {
+        /// The socket.
+        socket: String,
+    },
     /// An empty drive.
     None,
     /// Something else, by libvirt's word for it.
@@ -90,6 +98,19 @@ pub struct EncryptedSource {
     pub format: InnerFormat,
     /// The socket its worker listens on.
     pub socket: String,
+    /// How it is presented there.
+    pub class: DiskClass,
+}
+
+impl EncryptedSource {
+    /// How it is seen in a definition.
+    pub fn view(&self) -> DiskSource {
+        let socket = self.socket.clone();
+        match self.class {
+            DiskClass::Compatible => DiskSource::NbdUnix { socket, export: self.disk.to_string() },
+            DiskClass::Fast => DiskSource::VhostUser { socket },
+        }
+    }
 }
 
 impl DomainXml {
@@ -197,18 +218,60 @@ impl DomainXml {
         }
     }
 
-    /// Makes a disk in a file or device a disk of ours. Target, address, boot order, serial, wwn, alias, throttling and
-    /// the driver's tuning stay; what only holds for files goes.
+    /// Has the metadata name these disks and no others, and the guest's memory shared exactly while one of them is fast.
+    /// Without disks it goes.
+    ///
+    /// # Errors
+    ///
+    /// [`XmlError::Metadata`] if what was there cannot be read.
+    pub fn set_disks(
+        &mut self,
+        vm: VmId,
+        domain: DomainUuid,
+        disks: Vec<DiskMetadata>,
+    ) -> Result<(), XmlError> {
+        let old = self.metadata()?.map(|metadata| metadata.memory).unwrap_or_default();
+        let memory = if disks.iter().any(|disk| disk.class == DiskClass::Fast) {
+            let new = shared_memory::share(&mut self.0.root);
+            SharedMemory { source: old.source || new.source, access: old.access || new.access }
+        } else {
+            shared_memory::unshare(&mut self.0.root, old);
+            SharedMemory::default()
+        };
+        if disks.is_empty() {
+            self.remove_metadata();
+        } else {
+            self.set_metadata(&VmMetadata { vm, domain, memory, disks });
+        }
+        Ok(())
+    }
+
+    /// What keeps a disk from being fast; of one that is not there yet, only what the VM has against it.
+    pub fn fast_obstacle(&self, target: &str) -> Option<String> {
+        let disk = self.disk_element(target);
+        disk.and_then(fast_disk::obstacle).or_else(|| shared_memory::obstacle(&self.0.root))
+    }
+
+    /// Makes a disk a disk of ours, or one of ours one of another class; what was set aside of it for that, for its
+    /// metadata. Target, address, boot order, alias and the driver's tuning stay, and serial, wwn and throttling where the
+    /// class can have them; what only holds for files goes.
     ///
     /// # Errors
     ///
     /// [`XmlError::NoDisk`].
-    pub fn encrypt_disk(&mut self, target: &str, source: &EncryptedSource) -> Result<(), XmlError> {
+    pub fn encrypt_disk(&mut self, target: &str, source: &EncryptedSource) -> Result<Aside, XmlError> {
+        let (aside, cpus) = (self.aside(target), self.cpus());
         let disk = self.disk_mut(target)?;
-        disk.set("type", "network");
-        set_driver(disk, source.format, true);
-        replace_source(disk, source_element(source));
-        Ok(())
+        match source.class {
+            DiskClass::Fast => Ok(fast_disk::enter(disk, &source.socket, cpus, aside)),
+            DiskClass::Compatible => {
+                leave(disk, &aside);
+                disk.set("type", "network");
+                set_driver(disk, source.format, true);
+                replace_source(disk, source_element(source));
+                Ok(Aside::new())
+            }
+        }
     }
 
     /// Makes a disk of ours a disk in a file again.
@@ -217,26 +280,26 @@ impl DomainXml {
     ///
     /// [`XmlError::NoDisk`].
     pub fn clear_disk(&mut self, target: &str, path: &str, format: InnerFormat) -> Result<(), XmlError> {
+        let aside = self.aside(target);
         let disk = self.disk_mut(target)?;
+        leave(disk, &aside);
         disk.set("type", "file");
         set_driver(disk, format, false);
         replace_source(disk, Element::new("source").with("file", path));
         Ok(())
     }
 
-    /// Adds a disk of ours as the last one.
+    /// Adds a disk of ours as the last one; what was set aside of it, as by [`DomainXml::encrypt_disk`].
     ///
     /// # Errors
     ///
     /// [`XmlError::DiskExists`].
-    pub fn add_encrypted_disk(&mut self, target: &str, source: &EncryptedSource) -> Result<(), XmlError> {
+    pub fn add_encrypted_disk(&mut self, target: &str, source: &EncryptedSource) -> Result<Aside, XmlError> {
         if self.disk(target).is_some() {
             return Err(XmlError::DiskExists { target: target.to_owned() });
         }
         let bus = self.bus_for(target);
         let mut disk = Element::new("disk").with("type", "network").with("device", "disk");
-        set_driver(&mut disk, source.format, true);
-        disk.children.push(Node::Element(source_element(source)));
         disk.children.push(Node::Element(Element::new("target").with("dev", target).with("bus", bus)));
         if self.0.root.child("devices").is_none() {
             self.0.root.append(Element::new("devices"));
@@ -246,7 +309,18 @@ impl DomainXml {
             Some(last) => devices.children.insert(last + 1, Node::Element(disk)),
             None => devices.append(disk),
         }
-        Ok(())
+        self.encrypt_disk(target, source)
+    }
+
+    /// What is set aside of a disk, as far as that can be read.
+    fn aside(&self, target: &str) -> Aside {
+        let disks = self.metadata().ok().flatten().map(|metadata| metadata.disks).unwrap_or_default();
+        disks.into_iter().find(|disk| disk.target == target).map(|disk| disk.aside).unwrap_or_default()
+    }
+
+    /// CPUs the guest may have.
+    fn cpus(&self) -> u32 {
+        self.0.root.child("vcpu").and_then(|vcpu| vcpu.text().trim().parse().ok()).unwrap_or(1)
     }
 
     /// Whether it has a TPM.
@@ -266,8 +340,13 @@ impl DomainXml {
         devices.elements_mut().find(|e| e.name == "disk" && target_of(e) == target).ok_or_else(missing)
     }
 
+    fn disk_element(&self, target: &str) -> Option<&Element> {
+        let devices = self.0.root.child("devices")?;
+        devices.elements().find(|e| e.name == "disk" && target_of(e) == target)
+    }
+
     /// The bus libvirt would guess from the name, but for `sd`, where it guesses SCSI although there may be none.
-    fn bus_for(&self, target: &str) -> &'static str {
+    pub(crate) fn bus_for(&self, target: &str) -> &'static str {
         let has_scsi = self.0.root.child("devices").is_some_and(|devices| {
             devices.elements().any(|e| e.name == "controller" && e.get("type") == Some("scsi"))
         });
@@ -339,6 +418,10 @@ fn source_view(kind: &str, source: Option<&Element>) -> DiskSource {
                 None => DiskSource::Other("network nbd".to_owned()),
             }
         }
+        "vhostuser" if source.get("type") == Some("unix") => match named("path") {
+            Some(socket) => DiskSource::VhostUser { socket },
+            None => DiskSource::Other("vhostuser".to_owned()),
+        },
         "network" => DiskSource::Other(format!("network {}", source.get("protocol").unwrap_or(""))),
         other => DiskSource::Other(other.to_owned()),
     }
@@ -352,22 +435,23 @@ fn source_element(source: &EncryptedSource) -> Element {
         .with_child(Element::new("reconnect").with("delay", &RECONNECT_SECONDS.to_string()))
 }
 
+/// Undoes the form of a fast disk, if it has that.
+fn leave(disk: &mut Element, aside: &Aside) {
+    if fast_disk::is_fast(disk) {
+        fast_disk::leave(disk, aside);
+    }
+}
+
 /// `io='native'` needs a file with O_DIRECT. The error policies keep the guest waiting while a worker is away; a clear
 /// disk goes back to libvirt's own.
 fn set_driver(disk: &mut Element, format: InnerFormat, ours: bool) {
-    if disk.child("driver").is_none() {
-        disk.children.insert(0, Node::Element(Element::new("driver").with("name", "qemu")));
-    }
-    let driver = disk.child_mut("driver").expect("put there above");
+    let driver = fast_disk::driver(disk);
     driver.set("type", format.as_str());
     if !ours {
         ["error_policy", "rerror_policy"].into_iter().for_each(|name| driver.unset(name));
         return;
     }
     driver.unset("io");
-    if driver.get("name").is_none() {
-        driver.attributes.insert(0, ("name".to_owned(), "qemu".to_owned()));
-    }
     for (name, value) in [("cache", "none"), ("discard", "unmap")] {
         if driver.get(name).is_none() {
             driver.set(name, value);
@@ -375,20 +459,4 @@ fn set_driver(disk: &mut Element, format: InnerFormat, ours: bool) {
     }
     driver.set("error_policy", "stop");
     driver.set("rerror_policy", "stop");
-}
-
-/// The backing store belongs to the source: it was the chain of the old one, and libvirt finds out again.
-fn replace_source(disk: &mut Element, source: Element) {
-    for gone in ["backingStore", "mirror"] {
-        while let Some(index) = disk.position(gone) {
-            disk.remove_child(index);
-        }
-    }
-    match disk.position("source") {
-        Some(index) => disk.children[index] = Node::Element(source),
-        None => {
-            let at = disk.position("target").unwrap_or(disk.children.len());
-            disk.children.insert(at, Node::Element(source));
-        }
-    }
 }

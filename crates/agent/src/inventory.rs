@@ -6,22 +6,22 @@
 
 use std::{
     collections::BTreeMap,
-    path::Path,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
 use vmseal_api::agent::v1::{self, from_agent::Body};
 use vmseal_model::{
+    class::DiskClass,
     id::{DiskId, DomainUuid, VmId},
     metadata::DiskMetadata,
     record::KeyRecord,
-    state::{DiskClass, InnerFormat, VmState},
+    state::{InnerFormat, VmState},
 };
 
 use crate::{
     config::AgentConfig,
     domain_xml::{DiskDevice, DiskSource, DiskView, DomainXml},
-    metadata::class_word,
+    ours::OnSocket,
     ports::{Definition, DomainInfo, Hypervisor, HypervisorError},
     store::{Store, StoredDisk, StoredVm},
     uplink::{Uplink, word},
@@ -163,11 +163,13 @@ impl Inventory {
         xml: &DomainXml,
     ) -> v1::Vm {
         let metadata = xml.metadata().ok().flatten();
+        let id_of =
+            |disk: &DiskView| OnSocket::of(&self.config, disk)?.disk(metadata.as_ref(), &self.store, domain);
         let in_metadata = |disk: DiskId| metadata.as_ref()?.disks.iter().find(|d| d.disk == disk);
         let all = xml.disks();
         let disks = all.iter().filter(|disk| disk.device == DiskDevice::Disk);
         let disks: Vec<v1::Disk> = disks
-            .map(|disk| match our_export(&self.config, disk) {
+            .map(|disk| match id_of(disk) {
                 Some(id) => self.encrypted(disk, id, in_metadata(id)),
                 None => clear(disk),
             })
@@ -190,7 +192,8 @@ impl Inventory {
     }
 
     fn encrypted(&self, disk: &DiskView, id: DiskId, in_metadata: Option<&DiskMetadata>) -> v1::Disk {
-        match (self.store.disk(id), in_metadata) {
+        let class = OnSocket::of(&self.config, disk).map_or_else(DiskClass::default, |on| on.class);
+        let described = match (self.store.disk(id), in_metadata) {
             (Some((_, stored)), _) => stored_disk(&disk.target, &stored),
             // Nobody has verified it, so the server is not to learn epochs or keys from it.
             (None, Some(m)) => {
@@ -204,7 +207,9 @@ impl Inventory {
                 disk_id: id.to_string(),
                 ..v1::Disk::default()
             },
-        }
+        };
+        // The definition decides it, whatever its copies say.
+        v1::Disk { class: class.as_str().to_owned(), ..described }
     }
 
     fn add_locked(&self, vm: &mut v1::Vm) {
@@ -233,20 +238,14 @@ pub(crate) fn vm_of(
     domain: DomainUuid,
     xml: &DomainXml,
 ) -> Option<VmId> {
-    let owner = |disk: &DiskView| Some(store.disk(our_export(config, disk)?)?.0);
-    let in_metadata = || Some(xml.metadata().ok()??.vm);
+    let metadata = xml.metadata().ok().flatten();
+    let owner = |disk: &DiskView| {
+        let disk = OnSocket::of(config, disk)?.disk(metadata.as_ref(), store, domain)?;
+        Some(store.disk(disk)?.0)
+    };
+    let in_metadata = || metadata.as_ref().map(|metadata| metadata.vm);
     let of_disks = || xml.disks().iter().find_map(owner);
     store.vm_of_domain(domain).or_else(in_metadata).or_else(of_disks)
-}
-
-/// The disk on a socket of ours, whichever domain's it is.
-pub(crate) fn our_export(config: &AgentConfig, disk: &DiskView) -> Option<DiskId> {
-    match &disk.source {
-        DiskSource::NbdUnix { socket, export } if Path::new(socket).starts_with(&config.run_dir) => {
-            export.parse().ok()
-        }
-        _ => None,
-    }
 }
 
 /// A VM as the store has it, before libvirt was asked.
@@ -285,7 +284,7 @@ fn described(
         epoch_unverified,
         stored_bytes: state.as_ref().map_or(0, |s| s.stored_bytes),
         presented_bytes: state.as_ref().map_or(0, |s| s.presented_bytes),
-        class: class_word(class).to_owned(),
+        class: class.as_str().to_owned(),
         record: record.to_vec(),
         header: header.unwrap_or_default().to_owned(),
     }
@@ -295,7 +294,7 @@ fn clear(disk: &DiskView) -> v1::Disk {
     // Not looked at: a file system that does not answer would hold up everybody.
     let source = match &disk.source {
         DiskSource::File(path) | DiskSource::Block(path) => path.clone(),
-        DiskSource::NbdUnix { socket, .. } => socket.clone(),
+        DiskSource::NbdUnix { socket, .. } | DiskSource::VhostUser { socket } => socket.clone(),
         DiskSource::None => String::new(),
         DiskSource::Other(kind) => kind.clone(),
     };

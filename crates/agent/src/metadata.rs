@@ -8,15 +8,19 @@ use std::collections::HashSet;
 
 use base64::{Engine as _, engine::general_purpose::STANDARD};
 use vmseal_model::{
-    metadata::{DiskMetadata, NAMESPACE, PREFIX, VmMetadata},
+    class::DiskClass,
+    metadata::{Aside, DiskMetadata, NAMESPACE, PREFIX, SharedMemory, VmMetadata},
     record::MAX_RECORD_LEN,
-    state::{DiskClass, InnerFormat},
+    state::InnerFormat,
 };
 
 use crate::xml::{Element, XmlError};
 
 /// Most disks of one domain that are read.
 pub const MAX_DISKS: usize = 1024;
+/// Most parts of one disk that are read as set aside, and most bytes of one.
+const MAX_ASIDE: usize = 64;
+const MAX_ASIDE_BYTES: usize = 4096;
 
 /// The element as `virDomainSetMetadata` wants it: without prefix and namespace, which libvirt puts in itself and
 /// refuses to find there already.
@@ -35,6 +39,11 @@ fn to_element(metadata: &VmMetadata, prefix: &str) -> Element {
     let named = |name: &str| Element::new(&format!("{prefix}{name}"));
     let mut vm =
         named("vm").with("id", &metadata.vm.to_string()).with("domain", &metadata.domain.to_string());
+    if metadata.memory != SharedMemory::default() {
+        let parts = [("source", metadata.memory.source), ("access", metadata.memory.access)];
+        let ours: Vec<_> = parts.iter().filter(|(_, ours)| *ours).map(|(name, _)| *name).collect();
+        vm.set("memory", &ours.join(" "));
+    }
     for disk in &metadata.disks {
         let mut element = named("disk")
             .with("target", &disk.target)
@@ -44,7 +53,14 @@ fn to_element(metadata: &VmMetadata, prefix: &str) -> Element {
             element.set("header", header);
         }
         element.set("format", disk.format.as_str());
-        element.set("class", class_word(disk.class));
+        element.set("class", disk.class.as_str());
+        for (part, value) in &disk.aside {
+            let mut aside = named("aside").with("of", part);
+            if !value.is_empty() {
+                aside.children.push(crate::xml::Node::Text(value.clone()));
+            }
+            element = element.with_child(aside);
+        }
         let mut record = named("record");
         record.children.push(crate::xml::Node::Text(STANDARD.encode(&disk.record)));
         vm = vm.with_child(element.with_child(record));
@@ -54,8 +70,14 @@ fn to_element(metadata: &VmMetadata, prefix: &str) -> Element {
 
 /// Reads the element; `ancestors` from the document's root down.
 pub(crate) fn from_element(vm: &Element, ancestors: &[&Element]) -> Result<VmMetadata, XmlError> {
-    let mut metadata =
-        VmMetadata { vm: id(vm, "id", "the VM")?, domain: id(vm, "domain", "the VM")?, disks: Vec::new() };
+    let memory = vm.get("memory").unwrap_or_default();
+    let memory = |part: &str| memory.split_ascii_whitespace().any(|word| word == part);
+    let mut metadata = VmMetadata {
+        vm: id(vm, "id", "the VM")?,
+        domain: id(vm, "domain", "the VM")?,
+        memory: SharedMemory { source: memory("source"), access: memory("access") },
+        disks: Vec::new(),
+    };
     let mut scope = ancestors.to_vec();
     scope.push(vm);
     let mut seen = HashSet::new();
@@ -95,9 +117,10 @@ fn disk(element: &Element, scope: &[&Element]) -> Result<DiskMetadata, XmlError>
         },
         format: InnerFormat::from_libvirt(format)
             .ok_or_else(|| damaged(format!("{about} has the format '{}'", shortened(format))))?,
-        class: class_of(class).ok_or_else(|| {
+        class: DiskClass::from_word(class).ok_or_else(|| {
             damaged(format!("{about} has the class '{}', which this version does not know", shortened(class)))
         })?,
+        aside: aside(element, &scope, &about)?,
         target,
         record,
     })
@@ -121,15 +144,16 @@ pub fn is_target(text: &str) -> bool {
     (1..=32).contains(&text.len()) && text.bytes().all(|b| b.is_ascii_alphanumeric())
 }
 
-/// The word of a class.
-pub fn class_word(class: DiskClass) -> &'static str {
-    match class {
-        DiskClass::Compatible => "compatible",
+fn aside(element: &Element, scope: &[&Element], about: &str) -> Result<Aside, XmlError> {
+    let mut aside = Aside::new();
+    for part in ours(element, scope, "aside") {
+        let (name, value) = (text(part, "of", about)?, part.text());
+        if aside.len() == MAX_ASIDE || name.len() + value.len() > MAX_ASIDE_BYTES {
+            return Err(damaged(format!("more is set aside of {about} than a disk has")));
+        }
+        aside.insert(name.to_owned(), value);
     }
-}
-
-fn class_of(word: &str) -> Option<DiskClass> {
-    (word == class_word(DiskClass::Compatible)).then_some(DiskClass::Compatible)
+    Ok(aside)
 }
 
 /// Child elements of our namespace by that name.

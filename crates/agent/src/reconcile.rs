@@ -11,7 +11,7 @@ use std::{
 
 use vmseal_model::{
     id::{DomainUuid, VmId},
-    metadata::{DiskMetadata, VmMetadata},
+    metadata::{Aside, DiskMetadata, SharedMemory, VmMetadata},
     record::KeyRecord,
 };
 
@@ -228,6 +228,7 @@ impl Reconciler {
         let now: Vec<Option<VmMetadata>> = kinds.iter().filter_map(read).collect();
         let mut wanted = metadata_of(&self.store, vm)?;
         for known in now.iter().flatten().filter(|known| known.vm == vm) {
+            keep_aside(&mut wanted, known);
             let retired = |disk: &DiskMetadata| self.store.disk(disk.disk).is_some_and(|(_, d)| d.retired);
             let disks = known.disks.iter().filter(|disk| !retired(disk));
             disks.for_each(|disk| keep_newer(&mut wanted, disk));
@@ -249,7 +250,8 @@ pub(crate) fn metadata_of(store: &Store, vm: VmId) -> Option<VmMetadata> {
     let stored = store.vm(vm)?;
     let disks: Vec<DiskMetadata> =
         stored.disks.iter().filter(|disk| !disk.retired).map(disk_metadata).collect();
-    (!disks.is_empty()).then_some(VmMetadata { vm, domain: stored.domain, disks })
+    let memory = SharedMemory::default();
+    (!disks.is_empty()).then_some(VmMetadata { vm, domain: stored.domain, memory, disks })
 }
 
 pub(crate) fn disk_metadata(disk: &StoredDisk) -> DiskMetadata {
@@ -260,7 +262,21 @@ pub(crate) fn disk_metadata(disk: &StoredDisk) -> DiskMetadata {
         header: disk.header.clone(),
         format: disk.format,
         class: disk.class,
+        // Only definitions know it.
+        aside: Aside::new(),
         record: disk.record.clone(),
+    }
+}
+
+/// Keeps what only a definition knows: what was taken out of it or put into it for a class.
+fn keep_aside(wanted: &mut VmMetadata, known: &VmMetadata) {
+    wanted.memory.source |= known.memory.source;
+    wanted.memory.access |= known.memory.access;
+    for disk in &mut wanted.disks {
+        let known = known.disks.iter().find(|known| known.disk == disk.disk);
+        if let Some(known) = known.filter(|_| disk.aside.is_empty()) {
+            disk.aside.clone_from(&known.aside);
+        }
     }
 }
 
@@ -287,16 +303,19 @@ fn is_newer(copy: &[u8], than: &[u8]) -> bool {
 
 fn same(now: &VmMetadata, wanted: &VmMetadata) -> bool {
     let within = |a: &VmMetadata, b: &VmMetadata| a.disks.iter().all(|disk| b.disks.contains(disk));
-    (now.vm, now.domain) == (wanted.vm, wanted.domain) && within(now, wanted) && within(wanted, now)
+    (now.vm, now.domain, now.memory) == (wanted.vm, wanted.domain, wanted.memory)
+        && within(now, wanted)
+        && within(wanted, now)
 }
 
 #[cfg(test)]
 mod tests {
     use vmseal_keys::{Dek, Kek, NewDiskRecord, SecretBytes, restate, seal_disk};
     use vmseal_model::{
+        class::DiskClass,
         id::{DiskId, KekId, RecordId},
         record::{HeaderKind, RecipientKind, RecordState, UnitBytes},
-        state::{DiskClass, InnerFormat},
+        state::InnerFormat,
     };
 
     use super::*;
@@ -327,13 +346,14 @@ mod tests {
             header: None,
             format: InnerFormat::Raw,
             class: DiskClass::Compatible,
+            aside: Aside::new(),
             record: record.encode(),
         };
         (metadata(&old), metadata(&newer))
     }
 
     fn of(disks: Vec<DiskMetadata>) -> VmMetadata {
-        VmMetadata { vm: VM, domain: DomainUuid::from_bytes([1; 16]), disks }
+        VmMetadata { vm: VM, domain: DomainUuid::from_bytes([1; 16]), memory: SharedMemory::default(), disks }
     }
 
     #[test]

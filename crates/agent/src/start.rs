@@ -177,7 +177,7 @@ impl Starter {
         let mut volumes = Vec::with_capacity(disks.len());
         for (slot, (disk, Chosen { record, dek, .. })) in disks.iter().zip(chosen).enumerate() {
             let slot = u32::try_from(slot).expect("a domain has far fewer disks");
-            let volume = loop {
+            let mut volume = loop {
                 let header = disk.header.as_deref();
                 match open_locked(&disk.source, header, &record, &dek, &disk.target, slot, disk.read_only) {
                     Ok(volume) => break volume,
@@ -195,6 +195,8 @@ impl Starter {
             {
                 tracing::warn!("the owner block of {} is not written: {error}", disk.source.display());
             }
+            volume.setup.export = disk.class.export();
+            volume.setup.serial.clone_from(&disk.serial);
             volumes.push((volume, dek));
         }
         Ok(volumes)

@@ -17,9 +17,10 @@ use std::{
 use base64::{Engine as _, engine::general_purpose::STANDARD};
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 use vmseal_model::{
+    class::DiskClass,
     id::{DiskId, DomainUuid, VmId},
     record::MAX_RECORD_LEN,
-    state::{DiskClass, InnerFormat},
+    state::InnerFormat,
 };
 
 /// Version of the files.

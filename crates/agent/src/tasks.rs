@@ -24,6 +24,7 @@ mod qcow2;
 mod refusal;
 mod refuse;
 mod run;
+mod set_class;
 mod switch;
 mod unlock;
 mod wipe;

@@ -5,9 +5,10 @@ use vmseal_agent::{
     xml::{Document, Element, MAX_BYTES, MAX_DEPTH, Node, XmlError},
 };
 use vmseal_model::{
+    class::DiskClass,
     id::{DiskId, DomainUuid, VmId},
-    metadata::{DiskMetadata, VmMetadata},
-    state::{DiskClass, InnerFormat},
+    metadata::{Aside, DiskMetadata, SharedMemory, VmMetadata},
+    state::InnerFormat,
 };
 
 const FULL: &str = include_str!("data/libvirt-full.xml");
@@ -23,7 +24,12 @@ fn source() -> EncryptedSource {
         disk: DiskId::from_bytes([0xd1; 16]),
         format: InnerFormat::Qcow2,
         socket: "/run/vmseal/libvirt-x/vda.sock".to_owned(),
+        class: DiskClass::Compatible,
     }
+}
+
+fn fast_source() -> EncryptedSource {
+    EncryptedSource { format: InnerFormat::Raw, class: DiskClass::Fast, ..source() }
 }
 
 fn metadata() -> VmMetadata {
@@ -34,11 +40,13 @@ fn metadata() -> VmMetadata {
         header: header.map(str::to_owned),
         format: if n == 0 { InnerFormat::Raw } else { InnerFormat::Qcow2 },
         class: DiskClass::Compatible,
+        aside: Aside::new(),
         record: (0..=255).cycle().skip(n.into()).take(400).collect(),
     };
     VmMetadata {
         vm: VmId::from_bytes([7; 16]),
         domain: DomainUuid::from_bytes([8; 16]),
+        memory: SharedMemory::default(),
         disks: vec![disk(0, None), disk(1, Some("/x/h.luks"))],
     }
 }
@@ -360,4 +368,147 @@ fn libvirt_takes_what_we_write_and_gives_it_back() {
         assert!(!cleared.has_metadata());
     }
     std::fs::remove_dir_all(&dir).unwrap();
+}
+
+/// A disk as an administrator may have tuned it, and one without a word.
+const TUNED: &str = "<domain type='test'>
+  <name>tuned</name>
+  <uuid>5f1c2b0e-8f0a-4f0e-9d55-0a4c2f2c7a12</uuid>
+  <memory unit='KiB'>131072</memory>
+  <vcpu>6</vcpu>
+  <iothreads>1</iothreads>
+  <os><type>hvm</type></os>
+  <devices>
+    <disk type='file' device='disk'>
+      <driver name='qemu' type='raw' cache='writeback' io='threads' discard='unmap' detect_zeroes='on' iothread='1' queue_size='256' packed='on'/>
+      <source file='/x/a.img'/>
+      <target dev='vda' bus='virtio'/>
+      <serial>VS-vda</serial>
+      <boot order='1'/>
+      <alias name='ua-root'/>
+    </disk>
+    <disk type='file' device='disk' snapshot='external'>
+      <driver name='qemu' type='raw'/>
+      <source file='/x/b.img'/>
+      <target dev='vdb' bus='virtio'/>
+    </disk>
+  </devices>
+</domain>";
+
+fn attributes(element: &Element) -> Vec<String> {
+    let mut all: Vec<_> = element.attributes.iter().map(|(name, value)| format!("{name}={value}")).collect();
+    all.sort();
+    all
+}
+
+/// Puts a disk's class into definition and metadata, as a task does.
+fn set_class(xml: &mut DomainXml, target: &str, class: DiskClass) {
+    let mut disks = xml.metadata().unwrap().map(|m| m.disks).unwrap_or_default();
+    let aside = xml.encrypt_disk(target, &EncryptedSource { class, ..fast_source() }).unwrap();
+    disks.retain(|disk| disk.target != target);
+    let id = DiskId::from_bytes([target.as_bytes()[2]; 16]);
+    let target = target.to_owned();
+    disks.push(DiskMetadata { target, disk: id, class, aside, ..metadata().disks[0].clone() });
+    xml.set_disks(metadata().vm, metadata().domain, disks).unwrap();
+}
+
+#[test]
+fn libvirt_takes_fast_disks_and_all_that_was_set_aside_comes_back() {
+    let dir = std::path::PathBuf::from(env!("CARGO_TARGET_TMPDIR")).join("libvirt-fast");
+    std::fs::create_dir_all(&dir).unwrap();
+    let plain = through_libvirt(&DomainXml::parse(TUNED).unwrap(), &dir);
+    let mut xml = plain.clone();
+    set_class(&mut xml, "vda", DiskClass::Fast);
+    set_class(&mut xml, "vdb", DiskClass::Fast);
+    xml.add_encrypted_disk("vdc", &fast_source()).unwrap();
+    let mut fast = through_libvirt(&xml, &dir);
+    for target in ["vda", "vdb", "vdc"] {
+        let source = DiskSource::VhostUser { socket: fast_source().socket };
+        assert_eq!(fast.disk(target).unwrap().source, source);
+        let reconnect =
+            disk_element(&fast, target).child("source").unwrap().child("reconnect").unwrap().clone();
+        assert_eq!(attributes(&reconnect), ["enabled=yes", "timeout=1"]);
+    }
+    let driver = |xml: &DomainXml, target| attributes(disk_element(xml, target).child("driver").unwrap());
+    assert_eq!(driver(&fast, "vda"), ["name=qemu", "packed=on", "queue_size=256", "queues=4", "type=raw"]);
+    for kept in ["target", "boot", "alias"] {
+        assert_eq!(disk_element(&fast, "vda").child(kept), disk_element(&plain, "vda").child(kept), "{kept}");
+    }
+    assert!(fast.to_xml().contains("<access mode='shared'/>"));
+    let aside = fast.metadata().unwrap().unwrap().disks[0].aside.clone();
+    assert_eq!(aside.get("serial").map(String::as_str), Some("VS-vda"));
+
+    // A fast disk that is put there again loses nothing.
+    set_class(&mut fast, "vda", DiskClass::Fast);
+    assert_eq!(
+        fast.metadata().unwrap().unwrap().disks.iter().find(|d| d.target == "vda").unwrap().aside,
+        aside
+    );
+
+    let mut compatible = fast.clone();
+    set_class(&mut compatible, "vda", DiskClass::Compatible);
+    assert!(compatible.to_xml().contains("<access mode='shared'/>"), "the other one is fast still");
+    set_class(&mut compatible, "vdb", DiskClass::Compatible);
+    let compatible = through_libvirt(&compatible, &dir);
+    let disk = disk_element(&compatible, "vda");
+    assert_eq!(disk.get("snapshot"), None);
+    assert_eq!(disk.child("serial"), disk_element(&plain, "vda").child("serial"));
+    assert_eq!(disk_element(&compatible, "vdb").get("snapshot"), Some("external"));
+    let tuned = driver(&compatible, "vda");
+    for part in ["cache=writeback", "detect_zeroes=on", "iothread=1", "error_policy=stop"] {
+        assert!(tuned.iter().any(|p| p == part), "{part} in {tuned:?}");
+    }
+    assert!(!tuned.iter().any(|part| part.starts_with("queues")), "{tuned:?}");
+
+    // Straight to clear, all is as it was.
+    fast.clear_disk("vda", "/x/a.img", InnerFormat::Raw).unwrap();
+    fast.clear_disk("vdb", "/x/b.img", InnerFormat::Raw).unwrap();
+    fast.set_disks(metadata().vm, metadata().domain, Vec::new()).unwrap();
+    let shared = fast.to_xml().contains("<access mode='shared'/>");
+    assert!(shared, "vdc, which nobody told of, works in the guest's memory");
+    for target in ["vda", "vdb"] {
+        let (now, before) = (disk_element(&fast, target), disk_element(&plain, target));
+        assert_eq!(attributes(&now), attributes(&before));
+        assert_eq!(driver(&fast, target), driver(&plain, target));
+        for child in ["source", "target", "serial", "boot", "alias"] {
+            assert_eq!(now.child(child), before.child(child), "{target} {child}");
+        }
+    }
+    std::fs::remove_dir_all(&dir).unwrap();
+}
+
+#[test]
+fn metadata_of_a_fast_disk_reads_back_with_what_was_set_aside() {
+    let mut written = metadata();
+    written.memory = SharedMemory { source: true, access: false };
+    written.disks[0].class = DiskClass::Fast;
+    written.disks[0].aside = [("serial", "a <b> & 'c'"), ("snapshot", ""), ("driver.io", "native")]
+        .map(|(k, v)| (k.into(), v.into()))
+        .into();
+    let mut xml = DomainXml::parse(SAMPLES[1]).unwrap();
+    xml.set_metadata(&written);
+    assert_eq!(DomainXml::parse(&xml.to_xml()).unwrap().metadata().unwrap(), Some(written));
+    // What is set aside is bounded, whoever wrote it.
+    let many = "<vmseal:aside of='x'/>".replace("'x'", "'driver.y'");
+    let text = xml.to_xml().replacen("<vmseal:record>", &format!("{}<vmseal:record>", many.repeat(65)), 1);
+    assert!(DomainXml::parse(&text).unwrap().metadata().is_ok(), "the same part again is one part");
+    let many: String = (0..65).map(|n| format!("<vmseal:aside of='{n}'/>")).collect();
+    let text = xml.to_xml().replacen("<vmseal:record>", &format!("{many}<vmseal:record>"), 1);
+    assert!(DomainXml::parse(&text).unwrap().metadata().unwrap_err().to_string().contains("set aside"));
+}
+
+#[test]
+fn aside_that_somebody_made_up_puts_nothing_into_a_disk() {
+    let mut xml = DomainXml::parse(TUNED).unwrap();
+    set_class(&mut xml, "vdb", DiskClass::Fast);
+    let mut forged = xml.metadata().unwrap().unwrap();
+    forged.disks[0].aside =
+        [("driver.type", "qcow2"), ("driver.name", "x"), ("source", "/etc/shadow"), ("driver.x", "1")]
+            .map(|(k, v)| (k.into(), v.into()))
+            .into();
+    xml.set_metadata(&forged);
+    set_class(&mut xml, "vdb", DiskClass::Compatible);
+    let driver = disk_element(&xml, "vdb").child("driver").unwrap().clone();
+    assert_eq!((driver.get("type"), driver.get("name"), driver.get("x")), (Some("raw"), Some("qemu"), None));
+    assert!(!xml.to_xml().contains("/etc/shadow"));
 }

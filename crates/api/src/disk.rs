@@ -2,7 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
-use vmseal_model::state::InnerFormat;
+use vmseal_model::{class::ClassChoice, state::InnerFormat};
 
 /// A disk as its host reports it.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
@@ -28,7 +28,7 @@ pub struct Disk {
     pub stored_bytes: u64,
     /// Bytes the guest's side sees.
     pub presented_bytes: u64,
-    /// How QEMU is given it.
+    /// How QEMU is given it: `compatible` or `fast`.
     #[serde(default, skip_serializing_if = "String::is_empty")]
     pub class: String,
     /// Detached header, if it has one.
@@ -64,4 +64,19 @@ pub struct CreateDisk {
     /// Whence the key; absent: the default provider.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub provider: Option<String>,
+    /// How QEMU is given it: `auto`, `compatible` or `fast`; absent: `auto`.
+    #[serde(default, skip_serializing_if = "ClassChoice::is_auto")]
+    #[schema(value_type = String, example = "auto")]
+    pub class: ClassChoice,
+}
+
+/// Asks for another class of an encrypted disk, from the next start of its VM on. A task; the VM must be off.
+#[derive(Debug, Clone, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct SetDisk {
+    /// libvirt's target: `vda`.
+    pub target: String,
+    /// How QEMU is to be given it: `auto`, `compatible` or `fast`.
+    #[schema(value_type = String, example = "fast")]
+    pub class: ClassChoice,
 }

@@ -38,6 +38,8 @@ pub const VM_REPAIR: &str = "/v1/vms/{name}/repair";
 pub const VM_ADOPT: &str = "/v1/vms/{name}/adopt";
 /// POST `disk-create`.
 pub const VM_DISKS: &str = "/v1/vms/{name}/disks";
+/// POST `disk-set`.
+pub const VM_DISK_SET: &str = "/v1/vms/{name}/disks/set";
 /// GET `key-list`.
 pub const KEYS: &str = "/v1/keys";
 /// GET `task-list` (`?limit=&cursor=`).

@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 use vmseal_model::{
+    class::ClassChoice,
     state::{Coverage, VmState},
     task::SourceFate,
 };
@@ -79,6 +80,10 @@ pub struct CreateVm {
     /// Whence the key; absent: the default provider.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub provider: Option<String>,
+    /// How QEMU is given its disks: `auto`, `compatible` or `fast`; absent: `auto`.
+    #[serde(default, skip_serializing_if = "ClassChoice::is_auto")]
+    #[schema(value_type = String, example = "auto")]
+    pub class: ClassChoice,
 }
 
 /// Asks for encryption of a VM's disks. A task.
@@ -91,6 +96,10 @@ pub struct EncryptVm {
     /// Whence the key; absent: the default provider.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub provider: Option<String>,
+    /// How QEMU is given these disks: `auto`, `compatible` or `fast`; absent: `auto`.
+    #[serde(default, skip_serializing_if = "ClassChoice::is_auto")]
+    #[schema(value_type = String, example = "auto")]
+    pub class: ClassChoice,
     /// What becomes of the clear file: `wipe` or `keep`.
     #[schema(value_type = String, example = "wipe")]
     pub source: SourceFate,

@@ -1,6 +1,7 @@
 //! The `vmseal` command: `vmseal NOUN VERB`. In go arguments and answers to prompts, out come data on stdout, words on
 //! stderr and an exit code. It decides nothing: the server does; only `disk inspect` and `key` work without one.
 
+mod class;
 mod client;
 mod commands;
 mod config;

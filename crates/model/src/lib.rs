@@ -2,6 +2,7 @@
 //!
 //! Pure: no I/O, no clock, no randomness of its own. Bytes come in as arguments and go out as values.
 
+pub mod class;
 pub mod control;
 pub mod hook;
 pub mod id;
@@ -11,3 +12,4 @@ pub mod record;
 pub mod refusal;
 pub mod state;
 pub mod task;
+pub mod ublk;

@@ -2,9 +2,12 @@
 //!
 //! XML form: `docs/formats/domain-metadata.md`; reading and writing it is the agent's.
 
+use std::collections::BTreeMap;
+
 use crate::{
+    class::DiskClass,
     id::{DiskId, DomainUuid, VmId},
-    state::{DiskClass, InnerFormat},
+    state::InnerFormat,
 };
 
 /// Namespace of the element.
@@ -19,6 +22,8 @@ pub struct VmMetadata {
     pub vm: VmId,
     /// The libvirt UUID it was written for: a copied definition (virt-clone) shows by a difference.
     pub domain: DomainUuid,
+    /// What we put into its `<memoryBacking>`, so that it can go again.
+    pub memory: SharedMemory,
     /// Its encrypted disks.
     pub disks: Vec<DiskMetadata>,
 }
@@ -38,6 +43,21 @@ pub struct DiskMetadata {
     pub format: InnerFormat,
     /// How it is presented.
     pub class: DiskClass,
+    /// What its class made us take out of its definition, to be put back with another class.
+    pub aside: Aside,
     /// The key record, encoded.
     pub record: Vec<u8>,
+}
+
+/// Parts of a disk's definition that were taken out of it: `serial`, `snapshot`, `driver.iothread` and so on, each with
+/// its value. An empty one means that the part was not there and came with the class.
+pub type Aside = BTreeMap<String, String>;
+
+/// Which parts of a domain's `<memoryBacking>` are ours. What an administrator had there is never ours.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct SharedMemory {
+    /// `<source type='memfd'/>`.
+    pub source: bool,
+    /// `<access mode='shared'/>`.
+    pub access: bool,
 }

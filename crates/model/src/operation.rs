@@ -113,6 +113,7 @@ pub const OPERATIONS: &[Operation] = &[
     row("vm-repair", Privilege::VmOperate, ObjectKind::Vm, "vm.repair"),
     row("vm-adopt", Privilege::CryptoRegisterVm, ObjectKind::Vm, "vm.adopt"),
     row("disk-create", Privilege::CryptoEncryptNew, ObjectKind::Vm, "disk.create"),
+    row("disk-set", Privilege::VmOperate, ObjectKind::Vm, "disk.set"),
     row("key-list", Privilege::CryptoReadKeyServersInfo, ObjectKind::Root, ""),
     row("task-list", Privilege::Read, ObjectKind::Root, ""),
     row("task-show", Privilege::Read, ObjectKind::Task, ""),

@@ -71,15 +71,6 @@ impl VmState {
     }
 }
 
-/// How a disk is presented to QEMU.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum DiskClass {
-    /// NBD on a unix socket: works everywhere, with every libvirt block job.
-    #[default]
-    Compatible,
-}
-
 /// What lies inside a volume.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]

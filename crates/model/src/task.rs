@@ -14,6 +14,8 @@ pub enum TaskKind {
     VmCreate,
     /// `disk create`.
     DiskCreate,
+    /// `disk set`.
+    DiskSet,
     /// `vm repair`.
     VmRepair,
 }
@@ -99,6 +101,23 @@ impl DecryptStep {
     /// All, in order.
     pub const ALL: [Self; 6] =
         [Self::Planned, Self::Allocated, Self::Copied, Self::Verified, Self::Switched, Self::SourceGone];
+}
+
+/// Steps of `disk set --class`, in order. Nothing is copied; before [`SetClassStep::Switched`] nothing was done.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum SetClassStep {
+    /// Checked and written down.
+    Planned,
+    /// The domain's definition has the disk in its new form, and so have its metadata.
+    Switched,
+    /// The agent's store has the new class.
+    Recorded,
+}
+
+impl SetClassStep {
+    /// All, in order.
+    pub const ALL: [Self; 3] = [Self::Planned, Self::Switched, Self::Recorded];
 }
 
 /// What becomes of the old file after a disk was encrypted or decrypted.

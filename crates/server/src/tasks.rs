@@ -157,6 +157,7 @@ fn fill_in(body: &mut command::Body, provider: String, kek: &KekId) {
         command::Body::CreateDisk(c) => (c.provider, c.kek_id) = (provider, kek_id),
         command::Body::CreateVm(c) => (c.provider, c.kek_id) = (provider, kek_id),
         command::Body::DecryptVm(_)
+        | command::Body::SetDisk(_)
         | command::Body::RepairVm(_)
         | command::Body::AdoptVm(_)
         | command::Body::CancelTask(_) => {}

@@ -7,16 +7,18 @@
 use std::path::{Path, PathBuf};
 
 use vmseal_model::{
+    class::DiskClass,
     id::{DiskId, DomainUuid, VmId},
     metadata::DiskMetadata,
     refusal::Code,
-    state::{DiskClass, InnerFormat},
+    state::InnerFormat,
 };
 
 use crate::{
     config::AgentConfig,
-    domain_xml::{DiskSource, DomainXml},
+    domain_xml::DomainXml,
     metadata::is_target,
+    ours::OnSocket,
     store::{Store, StoredDisk},
     tasks::Refusal,
 };
@@ -49,8 +51,10 @@ pub struct PlannedDisk {
     pub header: Option<PathBuf>,
     /// What lies inside.
     pub format: InnerFormat,
-    /// How it is presented.
+    /// How it is presented: as the definition says, whatever its copies in metadata and store do.
     pub class: DiskClass,
+    /// What the guest reads as its serial number, if the class makes us answer that.
+    pub serial: String,
     /// Whether the guest may not write.
     pub read_only: bool,
     /// The record in the domain's metadata.
@@ -66,7 +70,8 @@ pub struct PlannedDisk {
 /// A [`Refusal`] that names what does not fit and what to do.
 pub fn plan(xml: &DomainXml, config: &AgentConfig, store: &Store) -> Result<Option<Plan>, Refusal> {
     let name = xml.name().unwrap_or_default().to_owned();
-    let ours = our_disks(xml, config);
+    let views = xml.disks();
+    let ours: Vec<_> = views.iter().filter_map(|view| Some((view, OnSocket::of(config, view)?))).collect();
     let Some(domain) = xml.uuid().filter(|_| !ours.is_empty()) else { return Ok(None) };
     let wrong = |what: String| Refusal::new(Code::Integrity, format!("VM '{name}': {what}"));
     // Damaged metadata does not lock a VM out: the store and the headers may have everything.
@@ -79,28 +84,39 @@ pub fn plan(xml: &DomainXml, config: &AgentConfig, store: &Store) -> Result<Opti
     }
     let mut vm = metadata.as_ref().map(|m| m.vm);
     let mut disks = Vec::with_capacity(ours.len());
-    for seen in ours {
-        if seen.socket != config.disk_socket(domain, &seen.target) {
-            return Err(copied(&name, &format!("disk {} is on the socket of another VM", seen.target)));
+    for (view, on) in &ours {
+        let target = on.target;
+        if on.socket != config.disk_socket(domain, target) {
+            return Err(copied(&name, &format!("disk {target} is on the socket of another VM")));
         }
-        if !is_target(&seen.target) {
-            return Err(wrong(format!("'{}' is no target of an encrypted disk", seen.target.escape_debug())));
+        if !is_target(target) {
+            return Err(wrong(format!("'{}' is no target of an encrypted disk", target.escape_debug())));
         }
-        let disk: DiskId = seen.export.parse().map_err(|e| wrong(format!("disk {}: {e}", seen.target)))?;
+        let unknown = |which: String| {
+            Refusal::new(
+                Code::UnknownVm,
+                format!("VM '{name}': nothing is known here of its disk {target}{which}"),
+            )
+            .hint("put the vmseal element back into its metadata, or start it on the host it comes from")
+        };
+        let disk: DiskId = match on.export {
+            Some(export) => export.parse().map_err(|e| wrong(format!("disk {target}: {e}")))?,
+            None => {
+                let disk = on.disk(metadata.as_ref(), store, domain);
+                disk.ok_or_else(|| unknown(String::new()))?
+            }
+        };
         let stored = store.disk(disk);
         if let Some((owner, _)) = stored.as_ref().filter(|(owner, _)| vm.is_some_and(|vm| vm != *owner)) {
-            return Err(wrong(format!("disk {} belongs to VM {owner}, which this is not", seen.target))
+            return Err(wrong(format!("disk {target} belongs to VM {owner}, which this is not"))
                 .hint("put back the definition it had, or give the VM its own disk"));
         }
         vm = vm.or(stored.as_ref().map(|(owner, _)| *owner));
         let in_metadata = metadata.as_ref().and_then(|m| m.disks.iter().find(|d| d.disk == disk));
         let stored = stored.map(|(_, stored)| stored);
-        let Some(planned) = planned(seen.target.clone(), disk, seen.read_only, in_metadata, stored) else {
-            return Err(Refusal::new(
-                Code::UnknownVm,
-                format!("VM '{name}': nothing is known here of its disk {} ({disk})", seen.target),
-            )
-            .hint("put the vmseal element back into its metadata, or start it on the host it comes from"));
+        let seen = Seen { target: target.to_owned(), disk, class: on.class, read_only: view.read_only };
+        let Some(planned) = planned(seen, in_metadata, stored) else {
+            return Err(unknown(format!(" ({disk})")));
         };
         disks.push(planned);
     }
@@ -117,46 +133,36 @@ pub fn plan(xml: &DomainXml, config: &AgentConfig, store: &Store) -> Result<Opti
     }
 }
 
-/// A disk whose socket lies in our run directory.
+/// What the definition says of a disk.
 struct Seen {
     target: String,
-    socket: PathBuf,
-    export: String,
+    disk: DiskId,
+    class: DiskClass,
     read_only: bool,
-}
-
-fn our_disks(xml: &DomainXml, config: &AgentConfig) -> Vec<Seen> {
-    let ours = |disk: crate::domain_xml::DiskView| match disk.source {
-        DiskSource::NbdUnix { socket, export } if Path::new(&socket).starts_with(&config.run_dir) => {
-            Some(Seen { target: disk.target, socket: socket.into(), export, read_only: disk.read_only })
-        }
-        _ => None,
-    };
-    xml.disks().into_iter().filter_map(ours).collect()
 }
 
 fn planned(
-    target: String,
-    disk: DiskId,
-    read_only: bool,
+    seen: Seen,
     in_metadata: Option<&DiskMetadata>,
     stored: Option<StoredDisk>,
 ) -> Option<PlannedDisk> {
-    let from_store = stored.as_ref().map(|s| (&s.source, &s.header, s.format, s.class));
-    let from_metadata = in_metadata.map(|m| (&m.source, &m.header, m.format, m.class));
+    let from_store = stored.as_ref().map(|s| (&s.source, &s.header, s.format));
+    let from_metadata = in_metadata.map(|m| (&m.source, &m.header, m.format));
     // The store's path first; the metadata's where the volume was moved and the domain edited to follow.
-    let there = |(source, _, _, _): &(&String, &Option<String>, _, _)| Path::new(source.as_str()).exists();
-    let (source, header, format, class) =
+    let there = |(source, _, _): &(&String, &Option<String>, _)| Path::new(source.as_str()).exists();
+    let (source, header, format) =
         from_store.filter(there).or(from_metadata.filter(there)).or(from_store).or(from_metadata)?;
+    let serial = in_metadata.and_then(|m| m.aside.get("serial")).filter(|_| seen.class == DiskClass::Fast);
     Some(PlannedDisk {
         source: source.into(),
         header: header.as_ref().map(Into::into),
         format,
-        class,
+        class: seen.class,
+        serial: serial.cloned().unwrap_or_default(),
         in_metadata: in_metadata.map(|m| m.record.clone()),
-        target,
-        disk,
-        read_only,
+        target: seen.target,
+        disk: seen.disk,
+        read_only: seen.read_only,
         stored,
     })
 }
@@ -220,9 +226,10 @@ mod tests {
                 header: None,
                 format: InnerFormat::Raw,
                 class: DiskClass::Compatible,
+                aside: Default::default(),
                 record: vec![1],
             };
-            VmMetadata { vm: VM, domain, disks: vec![disk] }
+            VmMetadata { vm: VM, domain, memory: Default::default(), disks: vec![disk] }
         }
 
         fn store(&self, vm: VmId, domain: DomainUuid, source: &str) {

@@ -6,9 +6,10 @@ use std::{fs, path::PathBuf, sync::mpsc};
 use vmseal_keys::{NewDiskRecord, SecretBytes, restate, seal_disk};
 use vmseal_luks::HEADER_BYTES;
 use vmseal_model::{
+    class::DiskClass,
     id::{DomainUuid, RecordId, VmId},
     record::{HeaderKind, RecipientKind, RecordState, UnitBytes},
-    state::{DiskClass, InnerFormat},
+    state::InnerFormat,
 };
 
 use super::*;

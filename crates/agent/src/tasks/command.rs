@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 use vmseal_api::agent::v1;
 use vmseal_model::{
+    class::ClassChoice,
     id::{DomainUuid, KekId, ProviderId, TaskId},
     refusal::Code,
     state::InnerFormat,
@@ -34,6 +35,9 @@ pub enum Work {
         targets: Vec<String>,
         /// Under which key.
         key: KeyChoice,
+        /// How they are presented.
+        #[serde(default)]
+        class: ClassChoice,
         /// What becomes of the clear images.
         source: SourceFate,
     },
@@ -60,6 +64,18 @@ pub enum Work {
         bytes: u64,
         /// Under which key.
         key: KeyChoice,
+        /// How it is presented.
+        #[serde(default)]
+        class: ClassChoice,
+    },
+    /// `disk set`.
+    SetDisk {
+        /// The domain.
+        domain: DomainUuid,
+        /// Name in the guest.
+        target: String,
+        /// How it is to be presented.
+        class: ClassChoice,
     },
     /// `vm create`.
     CreateVm {
@@ -67,6 +83,9 @@ pub enum Work {
         xml: String,
         /// Under which key.
         key: KeyChoice,
+        /// How its disks are presented.
+        #[serde(default)]
+        class: ClassChoice,
         /// Bytes of disks whose image is not there yet, by target.
         sizes: BTreeMap<String, u64>,
     },
@@ -94,6 +113,7 @@ impl TaskCommand {
             v1::command::Body::DecryptVm(c) => decrypt(c),
             v1::command::Body::CreateDisk(c) => create_disk(c),
             v1::command::Body::CreateVm(c) => create_vm(c),
+            v1::command::Body::SetDisk(c) => set_disk(c),
             _ => return None,
         };
         let task = parse(&command.id, "id");
@@ -107,6 +127,7 @@ impl TaskCommand {
             Work::DecryptVm { .. } => TaskKind::VmDecrypt,
             Work::CreateDisk { .. } => TaskKind::DiskCreate,
             Work::CreateVm { .. } => TaskKind::VmCreate,
+            Work::SetDisk { .. } => TaskKind::DiskSet,
         }
     }
 
@@ -115,7 +136,8 @@ impl TaskCommand {
         match &self.work {
             Work::EncryptVm { domain, .. }
             | Work::DecryptVm { domain, .. }
-            | Work::CreateDisk { domain, .. } => Some(*domain),
+            | Work::CreateDisk { domain, .. }
+            | Work::SetDisk { domain, .. } => Some(*domain),
             Work::CreateVm { xml, .. } => DomainXml::parse(xml).ok()?.uuid(),
         }
     }
@@ -127,6 +149,7 @@ impl TaskCommand {
             Work::DecryptVm { .. } => "decrypt",
             Work::CreateDisk { .. } => "create-disk",
             Work::CreateVm { .. } => "create-vm",
+            Work::SetDisk { .. } => "set-disk",
         }
     }
 }
@@ -136,6 +159,7 @@ fn encrypt(c: &v1::EncryptVm) -> Result<Work, Refusal> {
         domain: parse(&c.domain_uuid, "domain_uuid")?,
         targets: c.targets.clone(),
         key: key(&c.provider, &c.kek_id)?,
+        class: class(&c.class)?,
         source: fate(&c.source)?,
     })
 }
@@ -156,12 +180,22 @@ fn create_disk(c: &v1::CreateDisk) -> Result<Work, Refusal> {
         format: InnerFormat::from_libvirt(&c.format).ok_or_else(|| wrong("format", &c.format))?,
         bytes: c.bytes,
         key: key(&c.provider, &c.kek_id)?,
+        class: class(&c.class)?,
+    })
+}
+
+fn set_disk(c: &v1::SetDisk) -> Result<Work, Refusal> {
+    Ok(Work::SetDisk {
+        domain: parse(&c.domain_uuid, "domain_uuid")?,
+        target: c.target.clone(),
+        class: class(&c.class)?,
     })
 }
 
 fn create_vm(c: &v1::CreateVm) -> Result<Work, Refusal> {
     let sizes = c.disk_bytes.iter().map(|(target, bytes)| (target.clone(), *bytes)).collect();
-    Ok(Work::CreateVm { xml: c.xml.clone(), key: key(&c.provider, &c.kek_id)?, sizes })
+    let key = key(&c.provider, &c.kek_id)?;
+    Ok(Work::CreateVm { xml: c.xml.clone(), key, class: class(&c.class)?, sizes })
 }
 
 fn key(provider: &str, kek: &[u8]) -> Result<KeyChoice, Refusal> {
@@ -175,6 +209,11 @@ fn fate(word: &str) -> Result<SourceFate, Refusal> {
         "keep" => Ok(SourceFate::Keep),
         _ => Err(wrong("source", word)),
     }
+}
+
+/// A class this version does not know is refused, not replaced by one it knows.
+fn class(word: &str) -> Result<ClassChoice, Refusal> {
+    ClassChoice::from_word(word).ok_or_else(|| wrong("class", word))
 }
 
 fn parse<T: std::str::FromStr>(text: &str, field: &str) -> Result<T, Refusal> {
@@ -214,6 +253,7 @@ mod tests {
             provider: "main".into(),
             kek_id: KekId::native(3, KeyUuid::from_bytes([4; 16])).as_bytes().to_vec(),
             source: "wipe".into(),
+            class: "fast".into(),
         }
     }
 
@@ -230,13 +270,27 @@ mod tests {
     }
 
     #[test]
+    fn command_of_a_version_without_classes_leaves_the_choice_to_the_host() {
+        let body = v1::EncryptVm { class: String::new(), ..encrypt_vm() };
+        let command = TaskCommand::from_protocol(&command(v1::command::Body::EncryptVm(body)));
+        let command = command.unwrap().unwrap();
+        let Work::EncryptVm { class, .. } = &command.work else { panic!("{command:?}") };
+        assert_eq!(*class, ClassChoice::Auto);
+        // The same in a journal.
+        let mut json = serde_json::to_value(&command).unwrap();
+        json["work"].as_object_mut().unwrap().remove("class").expect("it is written down");
+        assert_eq!(serde_json::from_value::<TaskCommand>(json).unwrap(), command);
+    }
+
+    #[test]
     fn wrong_field_is_named() {
         type Change = fn(&mut v1::EncryptVm);
-        let changes: [(Change, &str); 4] = [
+        let changes: [(Change, &str); 5] = [
             (|c| c.domain_uuid = "x".into(), "domain_uuid"),
             (|c| c.provider = "a b".into(), "provider"),
             (|c| c.kek_id.clear(), "kek_id"),
             (|c| c.source = "burn".into(), "source"),
+            (|c| c.class = "warp".into(), "class"),
         ];
         for (change, field) in changes {
             let mut body = encrypt_vm();

@@ -12,7 +12,7 @@ use std::{
 };
 
 use serde::{Serialize, de::DeserializeOwned};
-use vmseal_model::{id::HostId, refusal::Code, task::TaskState};
+use vmseal_model::{class::HostCapabilities, id::HostId, refusal::Code, task::TaskState};
 
 use crate::{
     config::AgentConfig,
@@ -59,6 +59,11 @@ impl World {
             return Err(Refusal::new(Code::HostNotReady, text).hint(hint));
         }
         Ok(JobProgram { path, user })
+    }
+
+    /// What disks can be presented by here.
+    pub(crate) fn capabilities(&self) -> HostCapabilities {
+        HostCapabilities::default()
     }
 
     /// This host, once it has joined.

@@ -2,12 +2,14 @@
 
 use vmseal_keys::random_bytes;
 use vmseal_model::{
+    class::DiskClass,
     id::{DiskId, DomainUuid},
     refusal::Code,
-    state::{DiskClass, InnerFormat},
+    state::InnerFormat,
 };
 
 use crate::{
+    domain_xml::DomainXml,
     metadata::is_target,
     new_volume::Ownership,
     tasks::{
@@ -17,7 +19,7 @@ use crate::{
         image::check_free,
         plan::{EncryptPlan, NewDisk, Origin, Target, UNIT},
         refusal::Refusal,
-        refuse::{idle_domain, vm_id},
+        refuse::{check_class, idle_domain, vm_id},
     },
 };
 
@@ -32,6 +34,7 @@ pub(crate) struct Wanted<'a> {
     pub(crate) path: &'a str,
     pub(crate) format: InnerFormat,
     pub(crate) bytes: u64,
+    pub(crate) class: DiskClass,
 }
 
 /// Looks at everything, changes nothing.
@@ -49,9 +52,24 @@ pub(crate) fn plan(
         let text = format!("{name} already has a disk {}; it has: {}", wanted.target, there.join(", "));
         return Err(Refusal::new(Code::Exists, text));
     }
+    check_new_bus(&idle.xml, wanted)?;
+    check_class(&idle.xml, wanted.target, wanted.format, wanted.class)?;
     let disks = vec![new_disk(wanted)?];
     check_new_disks(&disks)?;
     Ok(EncryptPlan { vm, domain, name: name.clone(), key: key.clone(), disks, definition: Target::Add })
+}
+
+/// The bus of a disk that is added follows from its name.
+fn check_new_bus(xml: &DomainXml, wanted: &Wanted<'_>) -> Result<(), Refusal> {
+    let bus = xml.bus_for(wanted.target);
+    if wanted.class != DiskClass::Fast || bus == "virtio" {
+        return Ok(());
+    }
+    let text = format!(
+        "{} cannot be fast: by its name its bus is {bus}, and a fast disk is a virtio disk",
+        wanted.target.escape_debug()
+    );
+    Err(Refusal::new(Code::UnsupportedDisk, text).hint("name it as virtio disks are: vdb"))
 }
 
 /// A disk that is not there yet.
@@ -80,7 +98,7 @@ pub(crate) fn new_disk(wanted: &Wanted<'_>) -> Result<NewDisk, Refusal> {
         origin,
         volume: wanted.path.to_owned(),
         format: wanted.format,
-        class: DiskClass::default(),
+        class: wanted.class,
         image_bytes: stored,
         stored_bytes: stored,
         presented_bytes: presented,

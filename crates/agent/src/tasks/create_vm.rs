@@ -7,6 +7,7 @@ use std::collections::BTreeMap;
 
 use vmseal_keys::random_bytes;
 use vmseal_model::{
+    class::{ClassChoice, DiskClass, resolve},
     id::{DomainUuid, VmId},
     refusal::Code,
     task::SourceFate,
@@ -23,7 +24,7 @@ use crate::{
         image::{Uses, shell},
         plan::{EncryptPlan, NewDisk, Target},
         refusal::Refusal,
-        refuse::{self, clear_image},
+        refuse::{self, check_class, clear_image},
     },
 };
 
@@ -42,6 +43,7 @@ pub(crate) fn plan(
     ctx: &Context,
     xml: &str,
     key: &KeyChoice,
+    class: ClassChoice,
     sizes: &BTreeMap<String, u64>,
 ) -> Result<EncryptPlan, Refusal> {
     let xml = DomainXml::parse(xml)?;
@@ -62,7 +64,10 @@ pub(crate) fn plan(
         )));
     }
     let uses = refuse::uses(&ctx.world)?;
-    let planned = disks.iter().map(|d| disk(ctx, &uses, d, domain, sizes).map_err(|r| r.about(&d.target)));
+    let class = resolve(class, ctx.world.capabilities());
+    let planned = disks.iter().map(|d| {
+        disk(ctx, &uses, (&xml, d), (domain, class), sizes).map_err(|refusal| refusal.about(&d.target))
+    });
     let disks: Vec<NewDisk> = planned.collect::<Result<_, _>>()?;
     check_new_disks(&disks)?;
     // What an earlier try of the same definition left bound.
@@ -98,21 +103,22 @@ fn check_new_domain(ctx: &Context, xml: &DomainXml, name: &str, domain: DomainUu
 fn disk(
     ctx: &Context,
     uses: &Uses,
-    disk: &DiskView,
-    domain: DomainUuid,
+    (xml, disk): (&DomainXml, &DiskView),
+    (domain, class): (DomainUuid, DiskClass),
     sizes: &BTreeMap<String, u64>,
 ) -> Result<NewDisk, Refusal> {
     let (path, format) = clear_image(disk)?;
     let there = std::fs::symlink_metadata(&path).is_ok();
     match (there, sizes.get(&disk.target)) {
-        (true, None) => existing(ctx, uses, disk, domain, SourceFate::Keep),
+        (true, None) => existing(ctx, uses, (xml, disk), domain, class, SourceFate::Keep),
         (true, Some(_)) => {
             Err(Refusal::new(Code::Exists, format!("{path} is there already, and a size is given"))
                 .hint("leave the size out to encrypt the image, or name another path"))
         }
         (false, Some(bytes)) => {
+            check_class(xml, &disk.target, format, class)?;
             let volume = format!("{path}.vmseal");
-            new_disk(&Wanted { target: &disk.target, path: &volume, format, bytes: *bytes })
+            new_disk(&Wanted { target: &disk.target, path: &volume, format, bytes: *bytes, class })
         }
         (false, None) => {
             Err(Refusal::new(Code::NotFound, format!("{path} is not there, and no size is given"))

@@ -43,7 +43,7 @@ pub(crate) fn plan(
     };
     let mut chosen = Vec::new();
     for disk in idle.xml.disks() {
-        let encrypted = is_encrypted(&disk, Some(&metadata));
+        let encrypted = is_encrypted(&ctx.world, domain, &disk, Some(&metadata));
         if targets.contains(&disk.target) && !encrypted {
             return Err(nothing(format!("disk {} of {name} is not encrypted", disk.target)).into());
         }

@@ -7,13 +7,14 @@ use std::{fs::File, path::Path};
 
 use serde::Deserialize;
 use serde_json::{Value, json};
-use vmseal_model::{control::Job, id::DomainUuid, metadata::VmMetadata, refusal::Code, task::SourceFate};
+use vmseal_model::{control::Job, id::DomainUuid, refusal::Code, task::SourceFate};
 
 use crate::{
     domain_xml::{DiskSource, DomainXml},
     new_volume::{allocate, create_exclusive, rename_exclusive},
+    ours::OnSocket,
     tasks::{
-        context::Context,
+        context::{Context, World},
         encrypt_steps::about,
         hold::{lock_again, lock_source, patiently},
         image::shell,
@@ -195,7 +196,8 @@ impl NewFiles for DecryptPlan {
 }
 
 fn switch(ctx: &mut Context, plan: &DecryptPlan) -> Result<Value, Halt> {
-    let apply = |xml: &mut DomainXml| apply(xml, plan);
+    let world = ctx.world.clone();
+    let apply = |xml: &mut DomainXml| apply(&world, xml, plan);
     let is_done = |xml: &DomainXml| is_done(xml, plan);
     let names_new = |xml: &DomainXml| plan.named_in(xml);
     let switch = Switch {
@@ -210,13 +212,15 @@ fn switch(ctx: &mut Context, plan: &DecryptPlan) -> Result<Value, Halt> {
     Ok(json!({}))
 }
 
-fn apply(xml: &mut DomainXml, plan: &DecryptPlan) -> Result<(), Refusal> {
+fn apply(world: &World, xml: &mut DomainXml, plan: &DecryptPlan) -> Result<(), Refusal> {
+    let metadata = xml.metadata()?;
     for disk in &plan.disks {
-        let ours = disk.disk.to_string();
-        match xml.disk(&disk.target).map(|d| d.source) {
-            Some(DiskSource::NbdUnix { export, .. }) if export == ours => {
-                xml.clear_disk(&disk.target, &disk.clear, disk.format)?;
-            }
+        let there = xml.disk(&disk.target);
+        let behind = there.as_ref().and_then(|there| {
+            OnSocket::of(&world.config, there)?.disk(metadata.as_ref(), &world.store, plan.domain)
+        });
+        match there.map(|there| there.source) {
+            _ if behind == Some(disk.disk) => xml.clear_disk(&disk.target, &disk.clear, disk.format)?,
             Some(DiskSource::File(path)) if path == disk.clear => {}
             _ => {
                 let text = format!("disk {} of {} was redefined meanwhile", disk.target, plan.name);
@@ -224,14 +228,10 @@ fn apply(xml: &mut DomainXml, plan: &DecryptPlan) -> Result<(), Refusal> {
             }
         }
     }
-    let Some(metadata) = xml.metadata()? else { return Ok(()) };
+    let Some(metadata) = metadata else { return Ok(()) };
     let gone = |target: &str| plan.disks.iter().any(|d| d.target == target);
-    let disks: Vec<_> = metadata.disks.into_iter().filter(|d| !gone(&d.target)).collect();
-    if disks.is_empty() {
-        xml.remove_metadata();
-    } else {
-        xml.set_metadata(&VmMetadata { disks, ..metadata });
-    }
+    let left = metadata.disks.into_iter().filter(|d| !gone(&d.target)).collect();
+    xml.set_disks(metadata.vm, metadata.domain, left)?;
     Ok(())
 }
 

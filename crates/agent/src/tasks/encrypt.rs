@@ -4,14 +4,14 @@ use std::collections::HashSet;
 
 use vmseal_keys::random_bytes;
 use vmseal_model::{
+    class::{ClassChoice, DiskClass, resolve},
     id::{DiskId, DomainUuid},
     refusal::Code,
-    state::DiskClass,
     task::SourceFate,
 };
 
 use crate::{
-    domain_xml::{DiskDevice, DiskView},
+    domain_xml::{DiskDevice, DiskView, DomainXml},
     metadata::is_target,
     tasks::{
         command::KeyChoice,
@@ -20,7 +20,10 @@ use crate::{
         image::{Uses, check_free, check_space, examine},
         plan::{EncryptPlan, NewDisk, Origin, Target, UNIT, directory},
         refusal::{Halt, Refusal},
-        refuse::{self, check_image, check_targets, check_unshared, clear_image, idle_domain, is_encrypted},
+        refuse::{
+            self, check_class, check_image, check_targets, check_unshared, clear_image, idle_domain,
+            is_encrypted,
+        },
     },
 };
 
@@ -30,6 +33,7 @@ pub(crate) fn plan(
     domain: DomainUuid,
     targets: &[String],
     key: &KeyChoice,
+    class: ClassChoice,
     fate: SourceFate,
 ) -> Result<EncryptPlan, Refusal> {
     let idle = idle_domain(&ctx.world, domain)?;
@@ -41,7 +45,7 @@ pub(crate) fn plan(
 
     let mut chosen: Vec<DiskView> = Vec::new();
     for disk in idle.xml.disks() {
-        let encrypted = is_encrypted(&disk, metadata.as_ref());
+        let encrypted = is_encrypted(&ctx.world, domain, &disk, metadata.as_ref());
         if targets.contains(&disk.target) {
             if encrypted {
                 return Err(nothing(format!("disk {} of {name} is encrypted already", disk.target)));
@@ -58,9 +62,10 @@ pub(crate) fn plan(
         return Err(nothing(format!("{name} has no disk that is clear")));
     }
     let uses = refuse::uses(&ctx.world)?;
+    let class = resolve(class, ctx.world.capabilities());
     let mut disks = Vec::new();
     for disk in &chosen {
-        let planned = existing(ctx, &uses, disk, domain, fate).map_err(|refusal| {
+        let planned = existing(ctx, &uses, (&idle.xml, disk), domain, class, fate).map_err(|refusal| {
             let refusal = refusal.about(&disk.target);
             let others = chosen.iter().filter(|d| d.target != disk.target).map(|d| d.target.as_str());
             let others: Vec<_> = others.collect();
@@ -81,8 +86,9 @@ pub(crate) fn plan(
 pub(crate) fn existing(
     ctx: &Context,
     uses: &Uses,
-    disk: &DiskView,
+    (xml, disk): (&DomainXml, &DiskView),
     domain: DomainUuid,
+    class: DiskClass,
     fate: SourceFate,
 ) -> Result<NewDisk, Refusal> {
     if !is_target(&disk.target) {
@@ -90,6 +96,7 @@ pub(crate) fn existing(
         return Err(Refusal::new(Code::UnsupportedDisk, text));
     }
     let (path, format) = clear_image(disk)?;
+    check_class(xml, &disk.target, format, class)?;
     let image = examine(&path)?;
     let sizes = check_image(&image, &path, format, disk.format.is_some(), UNIT)?;
     check_unshared(uses, &path, &image, (domain, &disk.target))?;
@@ -102,7 +109,7 @@ pub(crate) fn existing(
         disk: DiskId::from_random(random_bytes()?),
         volume,
         format,
-        class: DiskClass::default(),
+        class,
         image_bytes: image.identity.bytes,
         stored_bytes: sizes.stored,
         presented_bytes: sizes.presented,

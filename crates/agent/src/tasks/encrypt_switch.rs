@@ -1,16 +1,15 @@
 //! The definition's side of encrypting: disks of ours in, metadata in, and how to see that both are there.
 
-use std::collections::HashSet;
-
 use serde_json::{Value, json};
 use vmseal_model::{
+    class::DiskClass,
     id::DomainUuid,
-    metadata::{DiskMetadata, VmMetadata},
+    metadata::{Aside, DiskMetadata},
     refusal::Code,
 };
 
 use crate::{
-    domain_xml::{DiskSource, DomainXml, EncryptedSource},
+    domain_xml::{DiskSource, DiskView, DomainXml, EncryptedSource},
     store::StoredDisk,
     tasks::{
         command::Work,
@@ -36,10 +35,13 @@ impl NewFiles for EncryptPlan {
 
     fn named_in(&self, xml: &DomainXml) -> bool {
         let there = xml.disks();
-        let named = |export: &str| {
-            there.iter().any(|d| matches!(&d.source, DiskSource::NbdUnix { export: e, .. } if e == export))
+        // A fast disk has no name: whatever is on a socket of that kind at that target may be the new one.
+        let names = |seen: &DiskView, new: &NewDisk| match &seen.source {
+            DiskSource::NbdUnix { export, .. } => *export == new.disk.to_string(),
+            DiskSource::VhostUser { .. } => new.class == DiskClass::Fast && seen.target == new.target,
+            _ => false,
         };
-        self.disks.iter().any(|disk| named(&disk.disk.to_string()))
+        self.disks.iter().any(|new| there.iter().any(|seen| names(seen, new)))
     }
 
     fn clear_files(&self) -> Vec<(&str, &str)> {
@@ -90,6 +92,7 @@ pub(crate) fn entry(stored: StoredDisk) -> DiskMetadata {
         header: stored.header,
         format: stored.format,
         class: stored.class,
+        aside: Aside::new(),
         record: stored.record,
     }
 }
@@ -100,16 +103,19 @@ fn apply(
     sockets: &[String],
     entries: &[DiskMetadata],
 ) -> Result<(), Refusal> {
-    for (disk, socket) in plan.disks.iter().zip(sockets) {
+    let others = xml.metadata()?.map(|m| m.disks).unwrap_or_default();
+    let mut disks: Vec<_> =
+        others.iter().filter(|d| entries.iter().all(|e| e.target != d.target)).cloned().collect();
+    for ((disk, socket), entry) in plan.disks.iter().zip(sockets).zip(entries) {
         let there = xml.disk(&disk.target).map(|d| d.source);
-        let source = EncryptedSource { disk: disk.disk, format: disk.format, socket: socket.clone() };
-        if there.as_ref() == Some(&nbd(&source)) {
-            continue;
-        }
-        match (&disk.origin, plan.definition, there) {
+        let source = encrypted_source(disk, socket);
+        let aside = match (&disk.origin, plan.definition, there) {
+            (_, _, Some(now)) if now == source.view() => {
+                others.iter().find(|d| d.disk == disk.disk).map(|d| d.aside.clone()).unwrap_or_default()
+            }
             (_, Target::Add, None) => xml.add_encrypted_disk(&disk.target, &source)?,
             (Origin::Image { path, .. }, _, Some(DiskSource::File(now))) if now == *path => {
-                xml.encrypt_disk(&disk.target, &source)?;
+                xml.encrypt_disk(&disk.target, &source)?
             }
             // A new VM's disk whose image was never there.
             (_, Target::Define, Some(_)) => xml.encrypt_disk(&disk.target, &source)?,
@@ -117,29 +123,31 @@ fn apply(
                 let text = format!("disk {} of {} was redefined meanwhile", disk.target, plan.name);
                 return Err(Refusal::new(Code::Conflict, text).hint("try again"));
             }
-        }
+        };
+        disks.push(DiskMetadata { aside, ..entry.clone() });
     }
-    let others = xml.metadata()?.map(|m| m.disks).unwrap_or_default();
-    let ours: HashSet<_> = entries.iter().map(|e| e.target.as_str()).collect();
-    let mut disks: Vec<_> = others.into_iter().filter(|d| !ours.contains(d.target.as_str())).collect();
-    disks.extend(entries.iter().cloned());
-    xml.set_metadata(&VmMetadata { vm: plan.vm, domain: plan.domain, disks });
+    xml.set_disks(plan.vm, plan.domain, disks)?;
     Ok(())
 }
 
-fn nbd(source: &EncryptedSource) -> DiskSource {
-    DiskSource::NbdUnix { socket: source.socket.clone(), export: source.disk.to_string() }
+fn encrypted_source(disk: &NewDisk, socket: &str) -> EncryptedSource {
+    EncryptedSource { disk: disk.disk, format: disk.format, socket: socket.to_owned(), class: disk.class }
 }
 
 fn is_done(xml: &DomainXml, plan: &EncryptPlan, sockets: &[String], entries: &[DiskMetadata]) -> bool {
     let Ok(Some(metadata)) = xml.metadata() else { return false };
     let disks = plan.disks.iter().zip(sockets).all(|(disk, socket)| {
-        let source = EncryptedSource { disk: disk.disk, format: disk.format, socket: socket.clone() };
         xml.disk(&disk.target).is_some_and(|there| {
-            there.source == nbd(&source) && there.format.as_deref() == Some(disk.format.as_str())
+            there.source == encrypted_source(disk, socket).view()
+                && there.format.as_deref() == Some(disk.format.as_str())
         })
     });
     disks
         && (metadata.vm, metadata.domain) == (plan.vm, plan.domain)
-        && entries.iter().all(|entry| metadata.disks.contains(entry))
+        && entries.iter().all(|entry| metadata.disks.iter().any(|there| is_as(there, entry)))
+}
+
+/// Whether it says the same, whatever was set aside.
+pub(crate) fn is_as(there: &DiskMetadata, wanted: &DiskMetadata) -> bool {
+    DiskMetadata { aside: wanted.aside.clone(), ..there.clone() } == *wanted
 }

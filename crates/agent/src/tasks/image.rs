@@ -201,7 +201,10 @@ impl Uses {
             DiskSource::Other(kind) if kind == "volume" => {
                 self.unknown.insert(format!("{whose} (a volume of a storage pool)"));
             }
-            DiskSource::NbdUnix { .. } | DiskSource::None | DiskSource::Other(_) => {}
+            DiskSource::NbdUnix { .. }
+            | DiskSource::VhostUser { .. }
+            | DiskSource::None
+            | DiskSource::Other(_) => {}
         }
     }
 

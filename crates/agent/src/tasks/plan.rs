@@ -8,9 +8,10 @@ use std::{
 use serde::{Deserialize, Serialize};
 use vmseal_luks::HEADER_BYTES;
 use vmseal_model::{
+    class::DiskClass,
     control::DiskSetup,
     id::{DiskId, DomainUuid, TaskId, VmId},
-    state::{DiskClass, InnerFormat},
+    state::InnerFormat,
     task::SourceFate,
 };
 

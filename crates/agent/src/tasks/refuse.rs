@@ -5,6 +5,7 @@
 
 use vmseal_keys::random_bytes;
 use vmseal_model::{
+    class::DiskClass,
     id::{DomainUuid, VmId},
     metadata::VmMetadata,
     refusal::Code,
@@ -13,6 +14,7 @@ use vmseal_model::{
 
 use crate::{
     domain_xml::{DiskDevice, DiskSource, DiskView, DomainXml},
+    ours::OnSocket,
     ports::{Definition, DomainInfo},
     tasks::{
         context::World,
@@ -127,9 +129,38 @@ pub(crate) fn check_targets(xml: &DomainXml, targets: &[String], name: &str) -> 
 }
 
 /// Whether a disk is one of ours.
-pub(crate) fn is_encrypted(disk: &DiskView, metadata: Option<&VmMetadata>) -> bool {
-    let DiskSource::NbdUnix { export, .. } = &disk.source else { return false };
-    metadata.is_some_and(|m| m.disks.iter().any(|d| d.target == disk.target && d.disk.to_string() == *export))
+pub(crate) fn is_encrypted(
+    world: &World,
+    domain: DomainUuid,
+    disk: &DiskView,
+    metadata: Option<&VmMetadata>,
+) -> bool {
+    let behind = OnSocket::of(&world.config, disk).and_then(|on| on.disk(metadata, &world.store, domain));
+    metadata.is_some_and(|m| m.disks.iter().any(|d| d.target == disk.target && Some(d.disk) == behind))
+}
+
+/// Whether a disk of a definition can be of a class.
+pub(crate) fn check_class(
+    xml: &DomainXml,
+    target: &str,
+    format: InnerFormat,
+    class: DiskClass,
+) -> Result<(), Refusal> {
+    let unsupported = |why: String| {
+        Err(Refusal::new(Code::UnsupportedDisk, format!("{target} cannot be {}: {why}", class.as_str())))
+    };
+    match (class, format) {
+        (DiskClass::Compatible, _) => Ok(()),
+        (DiskClass::Fast, InnerFormat::Qcow2) => unsupported("qcow2 lies inside, which QEMU cannot read through it".to_owned())
+            .map_err(|refusal| refusal.hint("leave it compatible; to have it raw: vmseal vm decrypt, qemu-img convert -O raw, vmseal vm encrypt --class fast")),
+        (DiskClass::Fast, InnerFormat::Raw) => match xml.fast_obstacle(target) {
+            None => Ok(()),
+            Some(why) => {
+                let name = shell(xml.name().unwrap_or_default());
+                unsupported(why).map_err(|refusal| refusal.hint(format!("leave it compatible, or change that: virsh edit {name}")))
+            }
+        },
+    }
 }
 
 /// Everything about a disk's definition that keeps it from being encrypted; gives the image's path and format.
@@ -164,7 +195,7 @@ pub(crate) fn clear_image(disk: &DiskView) -> Result<(String, InnerFormat), Refu
                 "it is the block device {device}; this version encrypts image files only"
             )));
         }
-        DiskSource::NbdUnix { socket, .. } => {
+        DiskSource::NbdUnix { socket, .. } | DiskSource::VhostUser { socket } => {
             return Err(unsupported(&format!("it is served on {socket}, and not by vmseal")));
         }
         DiskSource::None => return Err(unsupported("it has no source")),

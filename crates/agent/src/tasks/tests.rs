@@ -1,6 +1,7 @@
 //! Tasks on real files with real keys, headers and jobs; see `lab`.
 
 mod adopt;
+mod classes;
 mod crashes;
 mod lab;
 mod refusals;

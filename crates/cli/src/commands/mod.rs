@@ -64,7 +64,7 @@ enum Command {
     /// Virtual machines: encrypt, decrypt, create, repair
     #[command(subcommand)]
     Vm(vm::VmCommand),
-    /// Disks: create an encrypted one, inspect a header
+    /// Disks: create an encrypted one, show it, change its class, inspect a header
     #[command(subcommand)]
     Disk(disk::DiskCommand),
     /// Keys: who uses which, and recovery without a server

@@ -108,6 +108,7 @@ fn kind(kind: TaskKind) -> &'static str {
         TaskKind::VmEncrypt => "vm encrypt",
         TaskKind::VmDecrypt => "vm decrypt",
         TaskKind::VmCreate => "vm create",
+        TaskKind::DiskSet => "disk set",
         TaskKind::DiskCreate => "disk create",
         TaskKind::VmRepair => "vm repair",
     }

@@ -16,6 +16,7 @@ use vmseal_model::task::SourceFate;
 
 use super::vm_text;
 use crate::{
+    class::ClassArgs,
     client::Client,
     context::Context,
     error::CliError,
@@ -71,6 +72,8 @@ pub(super) struct EncryptArgs {
     #[arg(long, value_name = "NAME")]
     provider: Option<String>,
     #[command(flatten)]
+    class: ClassArgs,
+    #[command(flatten)]
     source: SourceArgs,
     #[command(flatten)]
     wait: WaitArgs,
@@ -120,6 +123,8 @@ pub(super) struct CreateArgs {
     #[arg(long, value_name = "NAME")]
     provider: Option<String>,
     #[command(flatten)]
+    class: ClassArgs,
+    #[command(flatten)]
     wait: WaitArgs,
 }
 
@@ -148,6 +153,7 @@ pub(super) fn run(context: &Context, command: &VmCommand) -> Result<u8, CliError
             let body = EncryptVm {
                 disks: args.disks.clone(),
                 provider: args.provider.clone(),
+                class: args.class.choice(),
                 source: args.source.fate(),
             };
             let answer = client.post(&paths::fill(paths::VM_ENCRYPT, &args.name), &body)?;
@@ -182,7 +188,8 @@ fn create(context: &Context, client: &Client, args: &CreateArgs) -> Result<u8, C
         }
     }
     let xml = read_xml(&args.xml)?;
-    let body = CreateVm { host: args.host.clone(), xml, disk_bytes, provider: args.provider.clone() };
+    let (host, provider, class) = (args.host.clone(), args.provider.clone(), args.class.choice());
+    let body = CreateVm { host, xml, disk_bytes, provider, class };
     let answer = client.post(paths::VMS, &body)?;
     follow::begun(context, client, &answer, &args.wait)
 }

@@ -4,7 +4,7 @@ use vmseal_api::{
     disk::Disk,
     vm::{Locked, Vm},
 };
-use vmseal_model::state::VmState;
+use vmseal_model::{class::DiskClass, state::VmState};
 
 use crate::{output, size::Size, text::printable, when};
 
@@ -49,6 +49,13 @@ pub(super) fn render(vm: &Vm, now_ms: i64) -> String {
     if !vm.disks.is_empty() {
         lines.push(format!("\n{}\n", disks(&vm.disks)));
     }
+    for disk in vm.disks.iter().filter(|d| d.class == DiskClass::Fast.as_str()) {
+        lines.push(format!(
+            "fast: libvirt takes no snapshot or backup of {}: vmseal disk show {} {0}",
+            printable(&disk.target),
+            printable(&vm.name)
+        ));
+    }
     for disk in vm.disks.iter().filter(|d| d.epoch_unverified) {
         lines.push(format!(
             "unverified: nobody could confirm the epoch of {}'s record",
@@ -73,21 +80,62 @@ fn locked_line(locked: &Locked, now_ms: i64) -> String {
 
 fn disks(disks: &[Disk]) -> String {
     output::table(
-        ["DISK", "ENCRYPTED", "FORMAT", "STORED", "SHOWN", "KEY", "SOURCE"],
+        ["DISK", "ENCRYPTED", "FORMAT", "CLASS", "STORED", "SHOWN", "KEY", "SOURCE"],
         disks.iter().map(|d| {
-            let keys: Vec<String> = d.keys.iter().map(|k| format!("{} of {}", k.key, k.provider)).collect();
-            let size = |bytes| if bytes == 0 { String::new() } else { Size(bytes).to_string() };
             [
                 d.target.clone(),
                 if d.encrypted { "yes" } else { "no" }.to_owned(),
                 d.format.clone(),
+                d.class.clone(),
                 size(d.stored_bytes),
                 size(d.presented_bytes),
-                keys.join(", "),
+                keys(d),
                 d.source.clone(),
             ]
         }),
     )
+}
+
+/// The page of one disk.
+pub(super) fn disk(vm: &Vm, disk: &Disk) -> String {
+    let class = DiskClass::from_word(&disk.class);
+    let of_class = |text: fn(DiskClass) -> &'static str| class.map_or(String::new(), |c| text(c).to_owned());
+    let page = output::fields([
+        ("disk", format!("{} of {}", disk.target, vm.name)),
+        ("encrypted", if disk.encrypted { "yes" } else { "no" }.to_owned()),
+        ("id", disk.id.clone().unwrap_or_default()),
+        ("source", disk.source.clone()),
+        ("header", disk.header.clone().unwrap_or_default()),
+        ("format", disk.format.clone()),
+        ("stored", size(disk.stored_bytes)),
+        ("shown", size(disk.presented_bytes)),
+        ("keys", keys(disk)),
+        ("epoch", disk.epoch.map_or(String::new(), |epoch| epoch.to_string())),
+        ("class", class.map_or(disk.class.clone(), |c| format!("{}: {}", c.as_str(), c.is()))),
+        ("can", of_class(DiskClass::can)),
+        ("cannot", of_class(DiskClass::cannot)),
+        ("needs", of_class(DiskClass::needs)),
+    ]);
+    match class {
+        Some(class) => {
+            let other = DiskClass::ALL.into_iter().find(|other| *other != class).unwrap_or(class);
+            let (name, target) = (printable(&vm.name), printable(&disk.target));
+            format!(
+                "{page}\n\nchange it while the VM is off: vmseal disk set --class {} {name} {target}",
+                other.as_str()
+            )
+        }
+        None => page,
+    }
+}
+
+fn keys(disk: &Disk) -> String {
+    let keys: Vec<String> = disk.keys.iter().map(|k| format!("{} of {}", k.key, k.provider)).collect();
+    keys.join(", ")
+}
+
+fn size(bytes: u64) -> String {
+    if bytes == 0 { String::new() } else { Size(bytes).to_string() }
 }
 
 /// Locked while it is off, whatever libvirt calls that; a VM that runs on without its key is running.
@@ -129,7 +177,7 @@ mod tests {
             epoch_unverified: encrypted,
             stored_bytes: 10 << 30,
             presented_bytes: 0,
-            class: String::new(),
+            class: if encrypted { "compatible".into() } else { String::new() },
             header: None,
             keys: if encrypted {
                 vec![DiskKey { provider: "main".into(), key: "6f3c/g1".into() }]
@@ -172,14 +220,43 @@ libvirt UUID: bb
 locked: 6f3c/g1 of main missing since 2026-11-24 08:50:12 UTC (3 min ago): provider main was removed
 wanted: its host starts it when the key comes
 
-DISK  ENCRYPTED  FORMAT  STORED  SHOWN  KEY              SOURCE
-vda   yes        raw     10 GiB  -      6f3c/g1 of main  /x/vda.img
-vdb   no         raw     10 GiB  -      -                /x/vdb.img
+DISK  ENCRYPTED  FORMAT  CLASS       STORED  SHOWN  KEY              SOURCE
+vda   yes        raw     compatible  10 GiB  -      6f3c/g1 of main  /x/vda.img
+vdb   no         raw     -           10 GiB  -      -                /x/vdb.img
 
 unverified: nobody could confirm the epoch of vda's record
 not yet protected: saved images (virsh save)
 not yet protected: NVRAM";
         assert_eq!(render(&vm(), 1_795_510_392_000), expected);
+    }
+
+    #[test]
+    fn fast_disk_says_what_it_costs() {
+        let mut vm = vm();
+        vm.disks[0].class = "fast".into();
+        let text = render(&vm, 1_795_510_392_000);
+        let line = "fast: libvirt takes no snapshot or backup of vda: vmseal disk show web01 vda";
+        assert!(text.lines().any(|l| l == line), "{text}");
+        let page = disk(&vm, &vm.disks[0]);
+        for part in [
+            "class: fast: vhost-user-blk",
+            "can: save and restore, live migration",
+            "cannot: snapshots",
+            "needs: bus virtio",
+            "change it while the VM is off: vmseal disk set --class compatible web01 vda",
+        ] {
+            assert!(page.contains(part), "{part}\n{page}");
+        }
+    }
+
+    #[test]
+    fn compatible_disk_can_do_everything_and_a_clear_one_has_no_class() {
+        let vm = vm();
+        let page = disk(&vm, &vm.disks[0]);
+        assert!(page.contains("can: snapshots, checkpoints, backup") && !page.contains("cannot"), "{page}");
+        assert!(page.ends_with("vmseal disk set --class fast web01 vda"), "{page}");
+        let page = disk(&vm, &vm.disks[1]);
+        assert!(!page.contains("class") && !page.contains("change it"), "{page}");
     }
 
     #[test]

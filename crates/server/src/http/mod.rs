@@ -90,6 +90,7 @@ fn routes() -> OpenApiRouter<Arc<Server>> {
         .routes(routes!(vm::repair))
         .routes(routes!(vm::adopt))
         .routes(routes!(vm::create_disk))
+        .routes(routes!(vm::set_disk))
         .routes(routes!(key::list))
         .routes(routes!(task::list))
         .routes(routes!(task::show))

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use axum::{extract::State, http::StatusCode};
 use vmseal_api::{
     agent::v1::{self as agent, Command, command, to_agent},
-    disk::CreateDisk,
+    disk::{CreateDisk, SetDisk},
     page::Page,
     paths,
     problem::Problem,
@@ -95,6 +95,7 @@ async fn begin_create(server: &Server, permit: &Permit, call: &Call) -> Result<A
         provider: String::new(),
         kek_id: Vec::new(),
         disk_bytes: asked.disk_bytes.into_iter().collect(),
+        class: asked.class.as_str().to_owned(),
     });
     let new = NewTask {
         kind: TaskKind::VmCreate,
@@ -130,6 +131,7 @@ async fn begin_encrypt(server: &Server, permit: &Permit, call: &Call, name: &str
             provider: String::new(),
             kek_id: Vec::new(),
             source: to_word(&asked.source),
+            class: asked.class.as_str().to_owned(),
         })
     };
     on_vm(server, permit, call, name, TaskKind::VmEncrypt, Some(asked.provider), body).await
@@ -198,9 +200,38 @@ async fn begin_disk(server: &Server, permit: &Permit, call: &Call, name: &str) -
             bytes: asked.bytes,
             provider: String::new(),
             kek_id: Vec::new(),
+            class: asked.class.as_str().to_owned(),
         })
     };
     on_vm(server, permit, call, name, TaskKind::DiskCreate, Some(asked.provider), body).await
+}
+
+/// Gives an encrypted disk another class, while its VM is off.
+#[utoipa::path(post, path = paths::VM_DISK_SET, operation_id = "disk-set", tag = "vms",
+    params(("name" = String, Path)), request_body = SetDisk, responses(
+        (status = 202, body = Task),
+        (status = "default", body = Problem, content_type = "application/problem+json"),
+    ))]
+pub(super) async fn set_disk(State(server): State<Arc<Server>>, Name(name): Name, call: Call) -> Outcome {
+    let permit = allow(&server, &call, "disk-set", &name).await?;
+    let outcome = begin_set_disk(&server, &permit, &call, &name).await;
+    permit.settle(outcome).await
+}
+
+async fn begin_set_disk(
+    server: &Server,
+    permit: &Permit,
+    call: &Call,
+    name: &str,
+) -> Result<Answer, Refusal> {
+    let asked: SetDisk = call.json()?;
+    if asked.target.is_empty() {
+        return Err(Refusal::bad_request("name the disk's target"));
+    }
+    let class = asked.class.as_str().to_owned();
+    let body =
+        |domain_uuid| command::Body::SetDisk(agent::SetDisk { domain_uuid, target: asked.target, class });
+    on_vm(server, permit, call, name, TaskKind::DiskSet, None, body).await
 }
 
 /// Begins a task on a VM that is there.

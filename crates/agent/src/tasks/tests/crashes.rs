@@ -12,6 +12,7 @@ use std::{
 };
 
 use vmseal_model::{
+    class::ClassChoice,
     id::{DomainUuid, TaskId},
     refusal::Code,
     state::{InnerFormat, VmState},
@@ -122,6 +123,7 @@ fn creating_goes_on_after_a_crash_at_every_place() {
             format: InnerFormat::Qcow2,
             bytes: 1 << 30,
             key: key(),
+            class: ClassChoice::Auto,
         };
         (lab, work)
     };
@@ -145,7 +147,15 @@ fn new_vm_is_there_once_after_a_crash_at_every_place() {
              </domain>",
             path.display()
         );
-        (lab, Work::CreateVm { xml, key: key(), sizes: BTreeMap::from([("vda".into(), 100_000)]) })
+        (
+            lab,
+            Work::CreateVm {
+                xml,
+                key: key(),
+                class: ClassChoice::Auto,
+                sizes: BTreeMap::from([("vda".into(), 100_000)]),
+            },
+        )
     };
     for (n, place) in places(&create).iter().enumerate() {
         let (mut lab, work) = create();
@@ -481,7 +491,13 @@ fn other_vm_is_not_held_up() {
     assert!(!runner.busy(other));
     let second = TaskId::from_bytes([2; 16]);
     let key = key();
-    let work = Work::EncryptVm { domain: other, targets: vec![], key, source: SourceFate::Wipe };
+    let work = Work::EncryptVm {
+        domain: other,
+        targets: vec![],
+        key,
+        class: ClassChoice::Auto,
+        source: SourceFate::Wipe,
+    };
     runner.submit(TaskCommand { task: second, work });
     runner.wait();
     assert_eq!(lab.told.last(second).state, TaskState::Succeeded);

@@ -15,6 +15,7 @@ use std::{
 
 use vmseal_keys::{Kek, SecretBytes};
 use vmseal_model::{
+    class::ClassChoice,
     id::{DomainUuid, KekId, KeyUuid, ProviderId, TaskId},
     refusal::Code,
     state::VmState,
@@ -169,7 +170,11 @@ fn provider() -> ProviderId {
 
 pub(crate) fn encrypt(targets: &[&str], source: SourceFate) -> Work {
     let targets = targets.iter().map(|t| (*t).to_owned()).collect();
-    Work::EncryptVm { domain: DOMAIN, targets, key: key(), source }
+    Work::EncryptVm { domain: DOMAIN, targets, key: key(), class: ClassChoice::Auto, source }
+}
+
+pub(crate) fn encrypt_as(class: ClassChoice) -> Work {
+    Work::EncryptVm { domain: DOMAIN, targets: Vec::new(), key: key(), class, source: SourceFate::Wipe }
 }
 
 pub(crate) fn decrypt(targets: &[&str], source: SourceFate) -> Work {

@@ -3,6 +3,7 @@
 use std::{fs, os::unix::fs::symlink, process::Command, sync::atomic::Ordering};
 
 use vmseal_model::{
+    class::ClassChoice,
     id::{DomainUuid, TaskId},
     refusal::Code,
     state::{InnerFormat, VmState},
@@ -321,7 +322,13 @@ fn metadata_of_another_domain_or_vm() {
     let clone = DomainUuid::from_bytes([0xc1; 16]);
     let xml = lab.xml().to_xml().replace(&format!("<uuid>{DOMAIN}"), &format!("<uuid>{clone}"));
     lab.libvirt.put_xml(clone, "clone", &xml);
-    let work = Work::EncryptVm { domain: clone, targets: vec![], key: key(), source: SourceFate::Wipe };
+    let work = Work::EncryptVm {
+        domain: clone,
+        targets: vec![],
+        key: key(),
+        class: ClassChoice::Auto,
+        source: SourceFate::Wipe,
+    };
     let message = refused(lab, work, Code::UnknownVm, "vmseal vm adopt clone");
     assert!(message.contains(&DOMAIN.to_string()), "{message}");
 }
@@ -335,6 +342,7 @@ fn new_disk_that_makes_no_sense() {
         format: InnerFormat::Raw,
         bytes,
         key: key(),
+        class: ClassChoice::Auto,
     };
     let cases = [
         ("vda", "n", 1, Code::Exists),
@@ -355,7 +363,12 @@ fn new_disk_that_makes_no_sense() {
 
 #[test]
 fn new_vm_that_makes_no_sense() {
-    let work = |xml: &str| Work::CreateVm { xml: xml.into(), key: key(), sizes: Default::default() };
+    let work = |xml: &str| Work::CreateVm {
+        xml: xml.into(),
+        key: key(),
+        class: ClassChoice::Auto,
+        sizes: Default::default(),
+    };
     for (xml, code) in [
         ("<domain/>", Code::BadRequest),
         ("<network/>", Code::BadRequest),

@@ -11,6 +11,7 @@ use std::{
 };
 
 use vmseal_model::{
+    class::DiskClass,
     id::TaskId,
     refusal::Code,
     state::{InnerFormat, VmState},
@@ -276,7 +277,12 @@ fn going_back_stops_at_files_that_the_definition_names() {
             named.clear_disk("vda", lab.image("a.img").to_str().unwrap(), InnerFormat::Raw).unwrap();
         } else {
             let disk = lab.store().vms()[0].disks[0].disk;
-            let source = EncryptedSource { disk, format: InnerFormat::Raw, socket: "/x".into() };
+            let source = EncryptedSource {
+                disk,
+                format: InnerFormat::Raw,
+                socket: "/x".into(),
+                class: DiskClass::Compatible,
+            };
             named.encrypt_disk("vda", &source).unwrap();
         }
         lab.libvirt.change(DOMAIN, |_, xml| *xml = named.to_xml());

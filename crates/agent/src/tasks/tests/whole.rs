@@ -9,6 +9,7 @@ use std::{
 
 use vmseal_luks::{HEADER_BYTES, OwnerBlock, OwnerState};
 use vmseal_model::{
+    class::ClassChoice,
     id::TaskId,
     record::KeyRecord,
     refusal::Code,
@@ -143,6 +144,7 @@ fn new_disks_are_made_encrypted() {
             format,
             bytes,
             key: key(),
+            class: ClassChoice::Auto,
         };
         let report = lab.run_as(TaskId::from_bytes([n; 16]), work);
         assert_eq!(report.state, TaskState::Succeeded, "{report:?}");
@@ -185,7 +187,7 @@ fn new_vm_has_no_clear_disk_when_it_is_defined() {
     );
     let create = |sizes: &[(&str, u64)]| {
         let sizes = sizes.iter().map(|(t, b)| ((*t).to_owned(), *b)).collect();
-        Work::CreateVm { xml: xml.clone(), key: key(), sizes }
+        Work::CreateVm { xml: xml.clone(), key: key(), class: ClassChoice::Auto, sizes }
     };
     let before = lab.files();
     let refused = lab.run_as(TaskId::from_bytes([1; 16]), create(&[]));
@@ -426,7 +428,15 @@ fn empty_image_is_made_where_only_the_agent_writes() {
     let (target, format) = ("vdb".into(), InnerFormat::Qcow2);
     runner.submit(TaskCommand {
         task: TASK,
-        work: Work::CreateDisk { domain: DOMAIN, target, path, format, bytes, key: key() },
+        work: Work::CreateDisk {
+            domain: DOMAIN,
+            target,
+            path,
+            format,
+            bytes,
+            key: key(),
+            class: ClassChoice::Auto,
+        },
     });
     runner.wait();
     assert_eq!(lab.told.last(TASK).state, TaskState::Succeeded);

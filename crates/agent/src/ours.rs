@@ -1,0 +1,126 @@
+//! Which disks of a definition are on sockets of ours, and which disk of ours each is.
+//!
+//! A definition's disk, its metadata and the agent's store in; the socket, the class QEMU will expect there, and the id
+//! out. The definition decides the class, for it is what QEMU is given; nothing is verified here.
+
+use std::path::Path;
+
+use vmseal_model::{
+    class::DiskClass,
+    id::{DiskId, DomainUuid},
+    metadata::VmMetadata,
+};
+
+use crate::{
+    config::AgentConfig,
+    domain_xml::{DiskSource, DiskView},
+    store::Store,
+};
+
+/// A disk on a socket below our run directory, whichever domain's that is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct OnSocket<'a> {
+    /// The socket.
+    pub(crate) socket: &'a Path,
+    /// What QEMU will speak on it.
+    pub(crate) class: DiskClass,
+    /// Its name in the guest.
+    pub(crate) target: &'a str,
+    /// The name of the disk behind it, where the definition has a place for one.
+    pub(crate) export: Option<&'a str>,
+}
+
+impl<'a> OnSocket<'a> {
+    /// The socket of a disk; none if it is not on one of ours.
+    pub(crate) fn of(config: &AgentConfig, disk: &'a DiskView) -> Option<Self> {
+        let (socket, class, export) = match &disk.source {
+            DiskSource::NbdUnix { socket, export } => (socket, DiskClass::Compatible, Some(export.as_str())),
+            DiskSource::VhostUser { socket } => (socket, DiskClass::Fast, None),
+            DiskSource::File(_) | DiskSource::Block(_) | DiskSource::None | DiskSource::Other(_) => {
+                return None;
+            }
+        };
+        let socket = Path::new(socket);
+        let on = Self { socket, class, target: &disk.target, export };
+        socket.starts_with(&config.run_dir).then_some(on)
+    }
+
+    /// The disk behind it, if anybody says which. NBD has its id for a name. vhost-user has no name: the metadata that
+    /// stands in the same definition says it, else the store, if it has one disk of that target for the VM.
+    pub(crate) fn disk(
+        &self,
+        metadata: Option<&VmMetadata>,
+        store: &Store,
+        domain: DomainUuid,
+    ) -> Option<DiskId> {
+        if let Some(export) = self.export {
+            return export.parse().ok();
+        }
+        let in_metadata = metadata.and_then(|m| m.disks.iter().find(|disk| disk.target == self.target));
+        in_metadata.map(|disk| disk.disk).or_else(|| {
+            let vm = metadata.map(|m| m.vm).or_else(|| store.vm_of_domain(domain))?;
+            let disks = store.vm(vm)?.disks;
+            let mut there = disks.iter().filter(|disk| !disk.retired && disk.target == self.target);
+            let only = there.next()?;
+            there.next().is_none().then_some(only.disk)
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use vmseal_model::{id::VmId, state::InnerFormat};
+
+    use super::*;
+    use crate::{domain_xml::DomainXml, scratch::Scratch, store::StoredDisk};
+
+    const DOMAIN: DomainUuid = DomainUuid::from_bytes([1; 16]);
+    const VM: VmId = VmId::from_bytes([3; 16]);
+
+    fn stored(id: u8, target: &str, retired: bool) -> StoredDisk {
+        StoredDisk {
+            target: target.into(),
+            disk: DiskId::from_bytes([id; 16]),
+            source: format!("/v{id}"),
+            header: None,
+            format: InnerFormat::Raw,
+            class: DiskClass::Fast,
+            record: vec![1],
+            epoch: 1,
+            epoch_unverified: false,
+            retired,
+        }
+    }
+
+    fn xml(socket: &str) -> DomainXml {
+        DomainXml::parse(&format!(
+            "<domain><name>a</name><uuid>{DOMAIN}</uuid><devices><disk type='vhostuser' device='disk'>\
+             <source type='unix' path='{socket}'/><target dev='vda' bus='virtio'/></disk></devices></domain>"
+        ))
+        .unwrap()
+    }
+
+    #[test]
+    fn fast_disk_without_metadata_is_the_one_the_store_has_of_that_target() {
+        let scratch = Scratch::new();
+        let (store, config) = (Store::open(scratch.path()).unwrap(), AgentConfig::default());
+        let disk = xml("/run/vmseal/x/vda.sock").disks().remove(0);
+        let on = OnSocket::of(&config, &disk).unwrap();
+        assert_eq!((on.class, on.disk(None, &store, DOMAIN)), (DiskClass::Fast, None));
+        store.put_disk(VM, DOMAIN, stored(4, "vda", true)).unwrap();
+        store.put_disk(VM, DOMAIN, stored(5, "vdb", false)).unwrap();
+        assert_eq!(on.disk(None, &store, DOMAIN), None, "one is retired, the other is another");
+        store.put_disk(VM, DOMAIN, stored(6, "vda", false)).unwrap();
+        assert_eq!(on.disk(None, &store, DOMAIN), Some(DiskId::from_bytes([6; 16])));
+        store.put_disk(VM, DOMAIN, stored(7, "vda", false)).unwrap();
+        assert_eq!(on.disk(None, &store, DOMAIN), None, "nobody says which of two");
+    }
+
+    #[test]
+    fn vhost_user_disk_of_somebody_else_is_none_of_ours() {
+        let config = AgentConfig::default();
+        for socket in ["/run/vmseal-other/vda.sock", "/run/spdk/vda.sock"] {
+            assert_eq!(OnSocket::of(&config, &xml(socket).disks()[0]), None);
+        }
+    }
+}
