@@ -1,22 +1,84 @@
 //! A disk's cipher: key set up once, then any number of data units.
 
-use std::{fmt, io};
+use std::{
+    fmt, io, ptr,
+    sync::{Condvar, Mutex, MutexGuard, PoisonError},
+};
 
+#[cfg(all(target_arch = "x86_64", not(feature = "fips")))]
+use crate::schedule::Schedules;
 use crate::{
     context::{Contexts, Direction},
+    kernel::Kernel,
+    memory::Page,
     scrub::clear_registers,
 };
 
 /// Bytes of a sector, which the tweak counts whatever the unit is (dm-crypt's `plain64` without `iv_large_sectors`).
 const SECTOR: u64 = 512;
 
-/// AES-256-XTS of one disk. `Send`, but one thread at a time; a server with several threads has one each.
+/// AES-256-XTS of one disk, for any number of threads at a time.
 ///
-/// Contexts and expanded keys lie in a page of secret memory, which is mapped when the cipher is made and needs no
-/// system call afterwards.
+/// Contexts and expanded keys lie in secret memory, mapped when the cipher is made; a kernel of ours needs no system
+/// call afterwards. aws-lc's contexts serve one thread at a time: there are as many as worked at once.
 pub struct Cipher {
-    contexts: Contexts,
+    engine: Engine,
+    kernel: Kernel,
     unit: usize,
+}
+
+enum Engine {
+    #[cfg(all(target_arch = "x86_64", not(feature = "fips")))]
+    Own(Box<Schedules>),
+    Library(Pool),
+}
+
+/// aws-lc's contexts, lent to one thread at a time.
+struct Pool {
+    state: Mutex<PoolState>,
+    returned: Condvar,
+}
+
+struct PoolState {
+    idle: Vec<Contexts>,
+    /// What further ones are made of: their insides point at themselves, so that they cannot be copied.
+    key: Page,
+}
+
+impl Pool {
+    fn new(key: &[u8; 64]) -> Result<Self, XtsError> {
+        let first = Contexts::new(key)?.map_err(|_| XtsError::Library)?;
+        let page = Page::new()?;
+        // SAFETY: the page is larger than the key, and nobody else has it.
+        unsafe { ptr::copy_nonoverlapping(key.as_ptr(), page.base().as_ptr(), key.len()) };
+        Ok(Self { state: Mutex::new(PoolState { idle: vec![first], key: page }), returned: Condvar::new() })
+    }
+
+    fn state(&self) -> MutexGuard<'_, PoolState> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Runs `work` with contexts nobody else has meanwhile. Makes some if all are out, and waits for some where none can
+    /// be made: there is always at least one set.
+    fn with<T>(&self, work: impl FnOnce(&Contexts) -> T) -> T {
+        let mut state = self.state();
+        let contexts = loop {
+            if let Some(contexts) = state.idle.pop() {
+                break contexts;
+            }
+            // SAFETY: the page holds the key as long as the pool lives.
+            let key = unsafe { &*state.key.base().as_ptr().cast::<[u8; 64]>() };
+            if let Ok(Ok(contexts)) = Contexts::new(key) {
+                break contexts;
+            }
+            state = self.returned.wait(state).unwrap_or_else(PoisonError::into_inner);
+        };
+        drop(state);
+        let result = work(&contexts);
+        self.state().idle.push(contexts);
+        self.returned.notify_one();
+        result
+    }
 }
 
 impl Cipher {
@@ -29,7 +91,44 @@ impl Cipher {
         if unit != 512 && unit != 4096 {
             return Err(XtsError::Unit { bytes: unit });
         }
-        Ok(Self { contexts: set_up(key)?, unit })
+        Self::with_kernel(key, unit, Kernel::detected())
+    }
+
+    /// The same with a kernel of the caller's choice, which must be available, and any unit that is a multiple of 512
+    /// up to 64 KiB: for tests and benchmarks.
+    ///
+    /// # Errors
+    ///
+    /// As [`Cipher::new`].
+    ///
+    /// # Panics
+    ///
+    /// The kernel is not available.
+    pub fn with_kernel(key: &[u8; 64], unit: usize, kernel: Kernel) -> Result<Self, XtsError> {
+        if unit == 0 || unit > 1 << 16 || !unit.is_multiple_of(SECTOR as usize) {
+            return Err(XtsError::Unit { bytes: unit });
+        }
+        assert!(kernel.is_available(), "{kernel} is not available here");
+        let (data, tweak) = key.split_at(32);
+        // SAFETY: both halves are 32 bytes. The comparison's time does not depend on them.
+        if unsafe { aws_lc_sys::CRYPTO_memcmp(data.as_ptr().cast(), tweak.as_ptr().cast(), 32) } == 0 {
+            return Err(XtsError::EqualHalves);
+        }
+        let engine = match kernel {
+            #[cfg(all(target_arch = "x86_64", not(feature = "fips")))]
+            Kernel::Vaes512 | Kernel::Vaes256 => {
+                // SAFETY: both kernels are available only with AES-NI.
+                Engine::Own(Box::new(unsafe { Schedules::new(key)? }))
+            }
+            _ => Engine::Library(Pool::new(key)?),
+        };
+        clear_registers();
+        Ok(Self { engine, kernel, unit })
+    }
+
+    /// The code that does the work.
+    pub fn kernel(&self) -> Kernel {
+        self.kernel
     }
 
     /// Encrypts whole units in place. `first_sector` is the number of the first unit's first 512-byte sector.
@@ -66,6 +165,47 @@ impl Cipher {
     /// As [`Cipher::encrypt_copy`].
     pub fn decrypt_copy(&self, first_sector: u64, src: &[u8], dst: &mut [u8]) -> Result<(), XtsError> {
         self.copy(Direction::Decrypt, first_sector, src, dst)
+    }
+
+    /// Encrypts whole units from `src` to `dst`, which may be the same memory, and may be a guest's.
+    ///
+    /// # Errors
+    ///
+    /// As [`Cipher::encrypt`].
+    ///
+    /// # Safety
+    ///
+    /// Both are valid for `len` bytes, `dst` for writing; they are equal or do not overlap. Others may change them
+    /// meanwhile: no reference to them is made.
+    pub unsafe fn encrypt_raw(
+        &self,
+        first_sector: u64,
+        src: *const u8,
+        dst: *mut u8,
+        len: usize,
+    ) -> Result<(), XtsError> {
+        // SAFETY: passed on.
+        unsafe { self.run(Direction::Encrypt, first_sector, src, dst, len) }
+    }
+
+    /// Decrypts whole units from `src` to `dst`.
+    ///
+    /// # Errors
+    ///
+    /// As [`Cipher::encrypt`].
+    ///
+    /// # Safety
+    ///
+    /// As [`Cipher::encrypt_raw`].
+    pub unsafe fn decrypt_raw(
+        &self,
+        first_sector: u64,
+        src: *const u8,
+        dst: *mut u8,
+        len: usize,
+    ) -> Result<(), XtsError> {
+        // SAFETY: passed on.
+        unsafe { self.run(Direction::Decrypt, first_sector, src, dst, len) }
     }
 
     /// Bytes of a data unit.
@@ -117,33 +257,54 @@ impl Cipher {
         if !first_sector.is_multiple_of(step) {
             return Err(XtsError::Sector { first: first_sector, sectors });
         }
-        let mut sector = first_sector;
+        let result = match &self.engine {
+            #[cfg(all(target_arch = "x86_64", not(feature = "fips")))]
+            Engine::Own(schedules) => {
+                let (encrypt, units, chunks) =
+                    (direction == Direction::Encrypt, len / self.unit, self.unit / SECTOR as usize);
+                // SAFETY: the kernel is available; the caller vouches for both ranges.
+                unsafe {
+                    if self.kernel == Kernel::Vaes512 {
+                        crate::vaes512::run(schedules, encrypt, first_sector, src, dst, units, chunks);
+                    } else {
+                        crate::vaes256::run(schedules, encrypt, first_sector, src, dst, units, chunks);
+                    }
+                }
+                Ok(())
+            }
+            Engine::Library(pool) => pool
+                // SAFETY: passed on; nobody else has these contexts meanwhile.
+                .with(|contexts| unsafe {
+                    self.unit_by_unit(contexts, direction, first_sector, src, dst, len)
+                }),
+        };
+        clear_registers();
+        result
+    }
+
+    /// # Safety
+    ///
+    /// As [`Cipher::run`]; the contexts are the calling thread's alone.
+    unsafe fn unit_by_unit(
+        &self,
+        contexts: &Contexts,
+        direction: Direction,
+        mut sector: u64,
+        src: *const u8,
+        dst: *mut u8,
+        len: usize,
+    ) -> Result<(), XtsError> {
         let mut tweak = [0; 16];
-        let mut result = Ok(());
         for at in (0..len).step_by(self.unit) {
             tweak[..8].copy_from_slice(&sector.to_le_bytes());
-            // SAFETY: at + unit ≤ len; the caller vouches for both ranges; `Cipher` is not `Sync`.
-            result = unsafe { self.contexts.unit(direction, &tweak, src.add(at), dst.add(at), self.unit) };
-            if result.is_err() {
-                break;
-            }
+            // SAFETY: at + unit ≤ len; the caller vouches for both ranges.
+            let done = unsafe { contexts.unit(direction, &tweak, src.add(at), dst.add(at), self.unit) };
+            done.map_err(|_| XtsError::Library)?;
             // The last step may go past the end of what u64 holds; that number is not used.
-            sector = sector.wrapping_add(step);
+            sector = sector.wrapping_add(self.unit as u64 / SECTOR);
         }
-        clear_registers();
-        result.map_err(|_| XtsError::Library)
+        Ok(())
     }
-}
-
-fn set_up(key: &[u8; 64]) -> Result<Contexts, XtsError> {
-    let (data, tweak) = key.split_at(32);
-    // SAFETY: both halves are 32 bytes. The comparison's time does not depend on them.
-    if unsafe { aws_lc_sys::CRYPTO_memcmp(data.as_ptr().cast(), tweak.as_ptr().cast(), 32) } == 0 {
-        return Err(XtsError::EqualHalves);
-    }
-    let contexts = Contexts::new(key)?.map_err(|_| XtsError::Library)?;
-    clear_registers();
-    Ok(contexts)
 }
 
 impl fmt::Debug for Cipher {

@@ -6,7 +6,15 @@
 
 mod cipher;
 mod context;
+mod kernel;
 mod memory;
+#[cfg(all(target_arch = "x86_64", not(feature = "fips")))]
+mod schedule;
 mod scrub;
+#[cfg(all(target_arch = "x86_64", not(feature = "fips")))]
+mod vaes256;
+#[cfg(all(target_arch = "x86_64", not(feature = "fips")))]
+mod vaes512;
 
 pub use cipher::{Cipher, XtsError};
+pub use kernel::Kernel;

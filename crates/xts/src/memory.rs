@@ -21,7 +21,12 @@ unsafe impl Send for Page {}
 
 impl Page {
     pub(crate) fn new() -> io::Result<Self> {
-        Self::secret().or_else(|_| Self::locked())
+        match Self::secret() {
+            // The kernel has no such memory, or it is switched off. Any other failure is one: what the process reports
+            // of its keys' memory must be true of this page too.
+            Err(error) if matches!(error.raw_os_error(), Some(libc::ENOSYS | libc::EPERM)) => Self::locked(),
+            other => other,
+        }
     }
 
     fn secret() -> io::Result<Self> {
