@@ -4,7 +4,7 @@ use std::{
     fs::{self, File},
     os::unix::fs::FileExt,
     sync::{
-        Arc, Mutex,
+        Arc, Condvar, Mutex,
         atomic::{AtomicBool, Ordering},
     },
     time::{Duration, Instant},
@@ -58,11 +58,19 @@ fn died_at_the_switch((mut lab, work): (Lab, Work)) -> Lab {
     lab
 }
 
-/// The next run of the agent, whose task is cancelled at once.
+/// The next run of the agent, whose task is cancelled before it reaches any place.
 fn resume_cancelled(lab: &mut Lab) -> TaskReport {
-    let runner = lab.start(None);
+    let cancelled = Arc::new((Mutex::new(false), Condvar::new()));
+    let gate = Arc::clone(&cancelled);
+    let runner = lab.start(Some(Arc::new(move |_: &str| {
+        let held = gate.0.lock().unwrap();
+        drop(gate.1.wait_while(held, |cancelled| !*cancelled).unwrap());
+        false
+    })));
     runner.resume_all();
     runner.cancel(TASK);
+    *cancelled.0.lock().unwrap() = true;
+    cancelled.1.notify_all();
     runner.wait();
     lab.told.last(TASK)
 }
