@@ -7,7 +7,10 @@
 use std::{
     fs::{File, OpenOptions},
     io,
-    os::unix::fs::{FileTypeExt, OpenOptionsExt},
+    os::{
+        fd::AsRawFd,
+        unix::fs::{FileTypeExt, OpenOptionsExt},
+    },
     path::{Path, PathBuf},
 };
 
@@ -132,7 +135,7 @@ impl OpenVolume {
     ///
     /// The file system's. The block is information, the lock decides: a caller may go on.
     pub fn hold(&self, host: HostId) -> io::Result<()> {
-        self.owner().taken_by(host).write(self.owner_file())
+        self.owner().taken_by(host).write(&self.owner_file()?)
     }
 
     /// Writes into the owner block that nobody holds it.
@@ -141,16 +144,21 @@ impl OpenVolume {
     ///
     /// As [`OpenVolume::hold`].
     pub fn release(&self) -> io::Result<()> {
-        self.owner().released().write(self.owner_file())
+        self.owner().released().write(&self.owner_file()?)
     }
 
     /// What the owner block says; one that is damaged counts as never written.
     pub fn owner(&self) -> OwnerBlock {
-        OwnerBlock::read(self.owner_file()).unwrap_or(OwnerBlock::NEVER_HELD)
+        let block = self.owner_file().ok().and_then(|file| OwnerBlock::read(&file).ok());
+        block.unwrap_or(OwnerBlock::NEVER_HELD)
     }
 
-    fn owner_file(&self) -> &File {
-        self.header.as_ref().unwrap_or(&self.data)
+    /// The file with the owner block, opened anew: whoever was handed [`OpenVolume::data`] may have switched O_DIRECT on
+    /// for that description, and then only aligned memory may be read into or written from. Locks are of the old one.
+    fn owner_file(&self) -> io::Result<File> {
+        let file = self.header.as_ref().unwrap_or(&self.data);
+        let write = !self.setup.read_only;
+        OpenOptions::new().read(true).write(write).open(format!("/proc/self/fd/{}", file.as_raw_fd()))
     }
 }
 

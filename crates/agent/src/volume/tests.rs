@@ -332,3 +332,22 @@ fn read_only_opening_shares_with_readers_and_keeps_writers_out() {
     assert_eq!(read().unwrap_err().code(), Code::VolumeInUse);
     drop(writer);
 }
+
+#[test]
+fn owner_block_is_written_although_the_data_is_open_for_direct_io() {
+    let made = made();
+    let open = made.open().unwrap();
+    // As a worker does it with the description it was handed.
+    // SAFETY: F_SETFL on a descriptor that is open; it has no other flags that could be lost.
+    let set = unsafe { libc::fcntl(open.data.as_raw_fd(), libc::F_SETFL, libc::O_DIRECT) };
+    if set != 0 {
+        // Not every file system has it.
+        assert_eq!(std::io::Error::last_os_error().raw_os_error(), Some(libc::EINVAL));
+    }
+    open.hold(HostId::from_bytes([7; 16])).unwrap();
+    assert_eq!(open.owner().generation, 1);
+    open.release().unwrap();
+    assert_eq!(OwnerBlock::read(&made.file()).unwrap(), open.owner());
+    // The lock was not lost by closing the other description.
+    assert!(matches!(made.open().unwrap_err(), VolumeError::Locked { .. }));
+}
