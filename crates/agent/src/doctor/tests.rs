@@ -249,3 +249,41 @@ fn locked_memory_in_place_of_secret_memory_is_found() {
     assert_eq!(secret_memory(Protection::MemfdSecret), None);
     assert_eq!(secret_memory(Protection::Mlock).unwrap().code, "secret-memory-weak");
 }
+
+#[test]
+fn io_uring_that_the_disk_process_may_not_use_is_found() {
+    let lab = Lab::new();
+    let set = |disabled: &str, group: &str| {
+        lab.write("/proc/sys/kernel/io_uring_disabled", disabled);
+        lab.write("/proc/sys/kernel/io_uring_group", group);
+    };
+    set("0\n", "-1\n");
+    assert_eq!(lab.codes(), [""; 0]);
+    set("2\n", "990\n");
+    let found = lab.only("io-uring-off");
+    assert!(found.message.contains("io_uring_disabled is 2") && found.message.contains("pread"), "{found:?}");
+    set("1\n", "-1\n");
+    assert!(lab.only("io-uring-off").hint.contains("io_uring_group"));
+    set("1\n", "990\n");
+    assert_eq!(lab.codes(), [""; 0], "the disk user's own group may");
+}
+
+#[test]
+fn cpu_without_wide_aes_is_named_and_one_without_any_is_worse() {
+    let lab = Lab::new();
+    let cpu = |line: &str| lab.write("/proc/cpuinfo", &format!("processor\t: 0\n{line}\n\nprocessor\t: 1\n"));
+    for good in [
+        "flags\t\t: fpu aes avx2 vaes vpclmulqdq",
+        "Features\t: fp asimd aes pmull sha1 sha2",
+        "isa\t: rv64imafdc",
+    ] {
+        cpu(good);
+        assert_eq!(lab.codes(), [""; 0], "{good}");
+    }
+    cpu("flags\t\t: fpu aes avx2");
+    assert!(lab.only("no-vaes").message.contains("aws-lc"));
+    for bad in ["flags\t\t: fpu avx2", "Features\t: fp asimd"] {
+        cpu(bad);
+        lab.only("no-aes");
+    }
+}
