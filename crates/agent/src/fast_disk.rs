@@ -4,7 +4,7 @@
 //! class. What would change for the guest or the administrator by being left out is an obstacle instead, in words.
 //! What libvirt refuses was tried with 11.3; it knows no domain but the disk.
 
-use vmseal_model::metadata::Aside;
+use vmseal_model::{control::MAX_QUEUES, metadata::Aside};
 
 use crate::xml::{Element, Node};
 
@@ -82,8 +82,9 @@ pub(crate) fn enter(disk: &mut Element, socket: &str, cpus: u32, known: Aside) -
     driver.unset("error_policy");
     driver.unset("rerror_policy");
     // Without it QEMU asks for one queue a CPU, and does not start if the worker has fewer.
-    if driver.get("queues").is_none() {
-        keep("driver.queues", "");
+    let queues = driver.get("queues").map(|text| text.parse().unwrap_or(u32::MAX));
+    if queues.is_none_or(|queues| queues > u32::from(MAX_QUEUES)) {
+        keep("driver.queues", driver.get("queues").unwrap_or_default());
         driver.set("queues", &cpus.clamp(1, QUEUES).to_string());
     }
     replace_source(disk, source);

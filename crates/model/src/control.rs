@@ -14,6 +14,8 @@ pub const MAX_FRAME: usize = 1 << 20;
 pub const CONTROL_VERSION: u32 = 1;
 /// Bytes of one key slot in the key memory: 96 of payload, the rest zero.
 pub const KEY_SLOT_BYTES: usize = 128;
+/// Most queues of a vhost-user disk. QEMU does not start with more than the back end has.
+pub const MAX_QUEUES: u16 = 16;
 /// The descriptor a keeper, worker or job finds its setup socket on.
 pub const SETUP_FD: i32 = 3;
 
