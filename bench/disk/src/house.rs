@@ -30,6 +30,7 @@ const IDLE_MIB_GOAL: f64 = 8.0;
 /// How long nothing is done, and CPU milliseconds that count as none.
 const IDLE: Duration = Duration::from_secs(2);
 const IDLE_CPU_MS: f64 = 1.0;
+const SETTLE: Duration = Duration::from_millis(1500);
 
 const KINDS: [(ExportKind, &str); 2] = [(ExportKind::Nbd, "nbd"), (ExportKind::VhostUser, "vhost-user")];
 
@@ -100,8 +101,8 @@ fn idle(kind: ExportKind, memory: &str, cpu: &str, report: &mut Report) -> Resul
     }
     let pids = keeper.pids();
     let used = || pids.iter().map(|pid| cpu_seconds(*pid)).sum::<Result<f64, _>>();
-    // What the last request left to do is not idleness.
-    std::thread::sleep(Duration::from_millis(200));
+    // Memory that was kept for the next request is given back once, some time after the last: not idleness yet.
+    std::thread::sleep(SETTLE);
     let before = used()?;
     std::thread::sleep(IDLE);
     let ms = (used()? - before) * 1000.0;

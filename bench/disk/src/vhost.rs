@@ -335,7 +335,12 @@ impl Client for Queue {
                     return Ok(());
                 }
             }
-            self.call.read().trying(|| format!("waiting for {}", self.peer))?;
+            match self.call.read() {
+                // QEMU makes the descriptor non-blocking, which the two of us share.
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => make_blocking(&self.call),
+                other => other.map(drop),
+            }
+            .trying(|| format!("waiting for {}", self.peer))?;
         }
     }
 
@@ -350,6 +355,15 @@ impl Client for Queue {
         // SAFETY: as above.
         unsafe { ptr::copy_nonoverlapping(self.place(DATA + at), bytes.as_mut_ptr(), bytes.len()) }
     }
+}
+
+fn make_blocking(event: &EventFd) -> io::Result<()> {
+    // SAFETY: flags of a descriptor that is open.
+    let done = unsafe {
+        let flags = libc::fcntl(event.as_raw_fd(), libc::F_GETFL);
+        libc::fcntl(event.as_raw_fd(), libc::F_SETFL, flags & !libc::O_NONBLOCK)
+    };
+    if done == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
 
 impl Client for Device {
