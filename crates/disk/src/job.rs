@@ -12,10 +12,10 @@ use std::{
 
 use aws_lc_rs::digest;
 use vmseal_model::control::{CONTROL_VERSION, Job, JobEvent, JobSetup};
+use vmseal_xts::Cipher;
 
 use crate::{
     EXIT_DONE, EXIT_FAILED, EXIT_SETUP,
-    cipher_pool::CipherPool,
     descriptors::hung_up,
     frame, log,
     setup::{DiskDefect, KeyMemory, SetupError, layout_of},
@@ -170,14 +170,14 @@ impl Work {
         }
         let keys = KeyMemory::map(keys, std::slice::from_ref(&disk)).map_err(JobError::Keys)?;
         let dek = keys.dek(&disk, setup.vm).map_err(JobError::Disk)?;
-        let ciphers = CipherPool::new(dek, layout.unit as usize)
+        let cipher = Cipher::new(dek.data_key(), layout.unit as usize)
             .map_err(|error| JobError::Disk(DiskDefect::Key(error)))?;
         let store = |file: File| {
             FileStore::new(file, !writes_volume).map_err(|error| JobError::Disk(DiskDefect::Store(error)))
         };
         let data = File::from(data);
         let again = data.try_clone().map_err(|error| JobError::Disk(DiskDefect::Store(error.into())))?;
-        let volume = Volume::new(Box::new(store(data)?), ciphers, layout)
+        let volume = Volume::new(Box::new(store(data)?), cipher, layout)
             .map_err(|error| JobError::Disk(DiskDefect::Volume(error)))?;
         if writes_volume && volume.stored_bytes() < setup.from {
             return Err(JobError::Resume { from: setup.from, stored: volume.stored_bytes() });

@@ -7,7 +7,6 @@
 #![deny(unsafe_op_in_unsafe_fn)]
 
 mod aligned;
-pub mod cipher_pool;
 pub mod control;
 pub mod descriptors;
 pub mod engine;

@@ -16,10 +16,9 @@ use vmseal_model::{
     control::{CONTROL_VERSION, DiskSetup, KEY_SLOT_BYTES, Setup},
     id::{DiskId, DomainUuid, VmId},
 };
-use vmseal_xts::XtsError;
+use vmseal_xts::{Cipher, XtsError};
 
 use crate::{
-    cipher_pool::CipherPool,
     descriptors::is_unix_listener,
     export::Export,
     latch::{FlushLatch, SharedPage},
@@ -174,12 +173,13 @@ pub(crate) fn listener(fd: OwnedFd) -> Result<UnixListener, SetupError> {
 
 fn open_volume(disk: &DiskSetup, vm: VmId, keys: &KeyMemory, data: OwnedFd) -> Result<Volume, DiskDefect> {
     let layout = layout_of(disk)?;
-    let ciphers = CipherPool::new(keys.dek(disk, vm)?, layout.unit as usize).map_err(DiskDefect::Key)?;
+    let cipher =
+        Cipher::new(keys.dek(disk, vm)?.data_key(), layout.unit as usize).map_err(DiskDefect::Key)?;
     let mut store = FileStore::new(File::from(data), disk.read_only).map_err(DiskDefect::Store)?;
     // The description is this VM's alone (its keeper, its workers): nobody else's I/O is changed by it.
     store.go_direct(layout.unit);
     let store: Box<dyn Store> = Box::new(store);
-    Volume::new(store, ciphers, layout).map_err(DiskDefect::Volume)
+    Volume::new(store, cipher, layout).map_err(DiskDefect::Volume)
 }
 
 /// A disk's layout, its values checked against one another.

@@ -16,8 +16,9 @@ use std::{
     },
 };
 
+use vmseal_xts::Cipher;
+
 use crate::{
-    cipher_pool::CipherPool,
     flush_gate::FlushGate,
     latch::FlushLatch,
     store::{Alignment, Store},
@@ -97,7 +98,7 @@ pub struct Extent {
 pub struct Volume {
     store: Box<dyn Store>,
     /// None only in a benchmark's reference.
-    ciphers: Option<CipherPool>,
+    cipher: Option<Cipher>,
     layout: Layout,
     /// Whole units stored, in bytes from the payload's start.
     stored: AtomicU64,
@@ -112,8 +113,8 @@ impl Volume {
     /// # Errors
     ///
     /// [`VolumeError::Truncated`] if the store is shorter than a volume that does not grow must be.
-    pub fn new(store: Box<dyn Store>, ciphers: CipherPool, layout: Layout) -> Result<Self, VolumeError> {
-        Self::with(store, Some(ciphers), layout)
+    pub fn new(store: Box<dyn Store>, cipher: Cipher, layout: Layout) -> Result<Self, VolumeError> {
+        Self::with(store, Some(cipher), layout)
     }
 
     /// What a benchmark compares with: the same way to the store without the cipher. No program that serves guests
@@ -132,7 +133,7 @@ impl Volume {
         Self { flushes: FlushGate::new(latch), ..self }
     }
 
-    fn with(store: Box<dyn Store>, ciphers: Option<CipherPool>, layout: Layout) -> Result<Self, VolumeError> {
+    fn with(store: Box<dyn Store>, cipher: Option<Cipher>, layout: Layout) -> Result<Self, VolumeError> {
         let stored = store.len()?.saturating_sub(layout.payload_offset).min(layout.presented);
         let stored = stored - stored % layout.unit;
         if !layout.grows && stored < layout.presented {
@@ -140,7 +141,7 @@ impl Volume {
         }
         Ok(Self {
             store,
-            ciphers,
+            cipher,
             layout,
             stored: AtomicU64::new(stored),
             growth: Mutex::new(()),
@@ -287,11 +288,9 @@ impl Volume {
         data: *mut u8,
         len: usize,
     ) -> Result<(), VolumeError> {
-        // SAFETY: the caller vouches for the memory. A guest that changes it while it is worked on gets what it asked
-        // for: the cipher reads and writes bytes and takes no decision on them.
-        let data = unsafe { std::slice::from_raw_parts_mut(data, len) };
-        let Some(ciphers) = &self.ciphers else { return Ok(()) };
-        ciphers.lend().decrypt(offset / SECTOR, data).map_err(cipher_failed)
+        let Some(cipher) = &self.cipher else { return Ok(()) };
+        // SAFETY: passed on.
+        unsafe { cipher.decrypt_raw(offset / SECTOR, data, data, len) }.map_err(cipher_failed)
     }
 
     /// Encrypts whole units for `offset` of the disk from `src` to `dst`, which is the same or does not overlap.
@@ -306,23 +305,13 @@ impl Volume {
         dst: *mut u8,
         len: usize,
     ) -> Result<(), VolumeError> {
-        // SAFETY: as for `decrypt_raw`.
-        let (same, dst) = unsafe { (std::ptr::eq(src, dst), std::slice::from_raw_parts_mut(dst, len)) };
-        let Some(ciphers) = &self.ciphers else {
-            if !same {
-                // SAFETY: as above, and it does not overlap `dst`.
-                unsafe { std::ptr::copy_nonoverlapping(src, dst.as_mut_ptr(), len) };
-            }
+        let Some(cipher) = &self.cipher else {
+            // SAFETY: passed on.
+            unsafe { std::ptr::copy(src, dst, len) };
             return Ok(());
         };
-        let cipher = ciphers.lend();
-        let first = offset / SECTOR;
-        if same {
-            return cipher.encrypt(first, dst).map_err(cipher_failed);
-        }
-        // SAFETY: as above, and it does not overlap `dst`.
-        let src = unsafe { std::slice::from_raw_parts(src, len) };
-        cipher.encrypt_copy(first, src, dst).map_err(cipher_failed)
+        // SAFETY: passed on.
+        unsafe { cipher.encrypt_raw(offset / SECTOR, src, dst, len) }.map_err(cipher_failed)
     }
 
     /// Encrypts and writes a range that was checked, and moves the stored end where it goes past it.

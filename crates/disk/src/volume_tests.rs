@@ -81,8 +81,8 @@ pub(crate) fn fixture(stored: u64, change: impl FnOnce(&mut Layout)) -> Fixture 
     change(&mut layout);
     let dek = Dek::generate().unwrap();
     let key = *dek.data_key();
-    let ciphers = CipherPool::new(dek, layout.unit as usize).unwrap();
-    Fixture { volume: Volume::new(Box::new(memory.clone()), ciphers, layout).unwrap(), memory, key }
+    let cipher = Cipher::new(dek.data_key(), layout.unit as usize).unwrap();
+    Fixture { volume: Volume::new(Box::new(memory.clone()), cipher, layout).unwrap(), memory, key }
 }
 
 impl Fixture {
@@ -168,8 +168,8 @@ fn fixed_volume_that_is_too_short_is_refused() {
         read_only: false,
         discard: false,
     };
-    let ciphers = CipherPool::new(Dek::generate().unwrap(), 512).unwrap();
-    assert!(matches!(Volume::new(Box::new(memory), ciphers, layout), Err(VolumeError::Truncated)));
+    let cipher = Cipher::new(Dek::generate().unwrap().data_key(), 512).unwrap();
+    assert!(matches!(Volume::new(Box::new(memory), cipher, layout), Err(VolumeError::Truncated)));
 }
 
 #[test]

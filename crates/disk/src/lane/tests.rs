@@ -7,10 +7,10 @@ use std::{
 
 use proptest::{collection::vec, prelude::*};
 use vmseal_keys::Dek;
+use vmseal_xts::Cipher;
 
 use super::*;
 use crate::{
-    cipher_pool::CipherPool,
     flush_gate::Bell,
     store::{FileStore, Run, Store},
     volume::Layout,
@@ -71,8 +71,8 @@ fn lane(kind: EngineKind, change: impl FnOnce(&mut Layout)) -> Lane {
         EngineKind::Ring => Box::new(store),
         EngineKind::Blocking => Box::new(InMemory(store)),
     };
-    let ciphers = CipherPool::new(Dek::generate().unwrap(), layout.unit as usize).unwrap();
-    let lane = Lane::new(Arc::new(Volume::new(store, ciphers, layout).unwrap())).unwrap();
+    let cipher = Cipher::new(Dek::generate().unwrap().data_key(), layout.unit as usize).unwrap();
+    let lane = Lane::new(Arc::new(Volume::new(store, cipher, layout).unwrap())).unwrap();
     assert_eq!(lane.engine(), kind, "a scratch folder on tmpfs, or no io_uring: this test needs a disk");
     lane
 }

@@ -9,10 +9,10 @@ use std::{
 use proptest::{collection::vec, prelude::*};
 use vmseal_keys::Dek;
 use vmseal_model::{control::ExportKind, id::DiskId};
+use vmseal_xts::Cipher;
 
 use super::{handshake, request::Session, transmission, wire::*};
 use crate::{
-    cipher_pool::CipherPool,
     export::Export,
     store::FileStore,
     volume::{Layout, Volume},
@@ -77,8 +77,8 @@ fn export() -> Export {
         read_only: false,
         discard: true,
     };
-    let ciphers = CipherPool::new(Dek::generate().unwrap(), 512).unwrap();
-    let volume = Volume::new(Box::new(FileStore::new(file, false).unwrap()), ciphers, layout).unwrap();
+    let cipher = Cipher::new(Dek::generate().unwrap().data_key(), 512).unwrap();
+    let volume = Volume::new(Box::new(FileStore::new(file, false).unwrap()), cipher, layout).unwrap();
     Export::new(DiskId::from_random([7; 16]), "vda".into(), ExportKind::Nbd, volume)
 }
 
