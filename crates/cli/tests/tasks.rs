@@ -28,6 +28,37 @@ fn task_that_is_not_waited_for_prints_its_id() {
 }
 
 #[test]
+fn class_is_sent_where_one_is_named() {
+    let server = FakeServer::start(|_, _| Reply::Json(task("queued", "", json!({}))));
+    let said = |args: &[&str]| {
+        let said = server.vmseal(&[args, &["--no-wait"]].concat());
+        assert_eq!((said.exit, said.stderr.as_str()), (0, ""), "{args:?}");
+        let asked = server.asked();
+        let last = asked.last().expect("it asked");
+        (last.what.clone(), last.json())
+    };
+    assert_eq!(
+        said(&["vm", "encrypt", "web01", "--class", "fast"]),
+        ("POST /v1/vms/web01/encrypt".to_owned(), json!({ "disks": [], "source": "wipe", "class": "fast" }))
+    );
+    let path = ["disk", "create", "web01", "--target", "vdb", "--path", "/x/b", "--size", "1M"];
+    let disk = json!({ "target": "vdb", "path": "/x/b", "format": "raw", "bytes": 1 << 20 });
+    let (what, auto) = said(&[&path[..], &["--class", "auto"]].concat());
+    assert_eq!((what.as_str(), auto), ("POST /v1/vms/web01/disks", disk), "auto is what nobody says");
+    let (_, compatible) = said(&[&path[..], &["--class", "compatible"]].concat());
+    assert_eq!(compatible["class"], "compatible");
+    assert_eq!(
+        said(&["disk", "set", "--class", "compatible", "web01", "vda"]),
+        ("POST /v1/vms/web01/disks/set".to_owned(), json!({ "target": "vda", "class": "compatible" }))
+    );
+    let wrong = server.vmseal(&["disk", "set", "--class", "warp", "web01", "vda"]);
+    assert_eq!(wrong.exit, 2);
+    assert!(wrong.stderr.contains("possible values: auto, compatible, fast"), "{}", wrong.stderr);
+    let nothing = server.vmseal(&["disk", "set", "web01", "vda"]);
+    assert_eq!(nothing.exit, 2, "{}", nothing.stderr);
+}
+
+#[test]
 fn every_step_is_told_once_and_a_broken_connection_changes_nothing() {
     let server = FakeServer::start(|asked, n| match (asked.what.starts_with("POST"), n) {
         (true, _) => Reply::Json(task("queued", "", json!({}))),

@@ -101,6 +101,29 @@ async fn task_is_sent_with_a_key_and_mirrors_what_the_host_says() {
 }
 
 #[tokio::test]
+async fn class_reaches_the_host_as_it_was_asked_for() {
+    let mut scene = Scene::set().await;
+    let (_, command) = scene.encrypt().await;
+    let Some(command::Body::EncryptVm(encrypt)) = command.body else { panic!() };
+    assert_eq!(encrypt.class, "auto");
+    scene.host.report(vec![scene.guest.encrypted("main", &encrypt.kek_id, 1)]).await;
+    scene.host.task_is(event(&command.id, "succeeded", "")).await;
+
+    let path = paths::fill(paths::VM_DISK_SET, "web01");
+    for wrong in
+        [json!({"target": "", "class": "fast"}), json!({"target": "vda", "class": "warp"}), json!({})]
+    {
+        scene.rig.root().post(&path, &wrong).await.refused("bad-request");
+    }
+    let set = json!({"target": "vda", "class": "fast"});
+    let task: Task = scene.rig.root().post(&path, &set).await.good();
+    assert_eq!((json!(task.kind), task.vm.as_str()), (json!("disk-set"), "web01"));
+    let Some(command::Body::SetDisk(asked)) = scene.host.command().await.body else { panic!() };
+    let domain = scene.guest.domain.to_string();
+    assert_eq!((asked.domain_uuid, asked.target.as_str(), asked.class.as_str()), (domain, "vda", "fast"));
+}
+
+#[tokio::test]
 async fn host_that_is_not_connected_is_told_and_nothing_is_begun() {
     let scene = Scene::set().await;
     drop(scene.host);
