@@ -34,8 +34,9 @@ use crate::{
     job::Job,
     options::Options,
     place::Medium,
+    process::{keep_on, processors},
     sample::{Sample, median, sample},
-    stand::Stand,
+    stand::{Stall, Stand},
     table::Samples,
 };
 
@@ -119,12 +120,30 @@ fn compare(
                 if !wanted(job, stall.export) {
                     continue;
                 }
-                let taken = sample(&mut *stall.client, job, options.seconds, round as u64 + 1, &stall.pids)?;
+                let taken = take_turn(stall, job, options.seconds, round)?;
                 samples.entry((medium, job, stall.export)).or_default().push(taken);
             }
         }
     }
     Ok(())
+}
+
+/// One turn. A lone small request is worked on by one side at a time, so client and servers share a processor then:
+/// otherwise it is chance whether waking the other side means waking another processor, which takes several times as
+/// long as all that is to be compared.
+fn take_turn(stall: &mut Stall, job: Job, seconds: f64, round: usize) -> Result<Sample, BenchError> {
+    let together = job.depth == 1 && job.random;
+    let mut all = stall.pids.clone();
+    all.push(std::process::id() as i32);
+    if together {
+        let allowed = processors();
+        keep_on(&all, Some(allowed[round % allowed.len()]))?;
+    }
+    let taken = sample(&mut *stall.client, job, seconds, round as u64 + 1, &stall.pids);
+    if together {
+        keep_on(&all, None)?;
+    }
+    taken
 }
 
 fn row(demand: &Demand, samples: &Samples) -> Row {

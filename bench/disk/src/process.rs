@@ -30,11 +30,16 @@ impl Process {
             Path::new(command.get_program()).file_name().unwrap_or_default().to_string_lossy().into_owned();
         let file = File::create(&log).trying(|| format!("creating {}", log.display()))?;
         command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(file);
-        // SAFETY: prctl with integers is async-signal-safe.
+        // SAFETY: system calls that take integers only are async-signal-safe.
         unsafe {
-            command.pre_exec(|| match libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL) {
-                0 => Ok(()),
-                _ => Err(io::Error::last_os_error()),
+            command.pre_exec(|| {
+                // A session of its own, as a keeper makes for itself: the kernel shares processors out among sessions,
+                // and who has none of its own would be treated as a part of the client.
+                libc::setsid();
+                match libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL) {
+                    0 => Ok(()),
+                    _ => Err(io::Error::last_os_error()),
+                }
             });
         }
         let child = command
@@ -90,4 +95,37 @@ pub(crate) fn cpu_seconds(pid: i32) -> Result<f64, BenchError> {
         return Err(io::Error::last_os_error()).trying(|| format!("reading the CPU clock of process {pid}"));
     }
     Ok(time.tv_sec as f64 + time.tv_nsec as f64 / 1e9)
+}
+
+/// Keeps processes, with all their threads, on one processor; `None` lets them go where they like.
+///
+/// Threads the kernel made for io_uring stay where they are: it does not let them be moved.
+pub(crate) fn keep_on(pids: &[i32], cpu: Option<usize>) -> Result<(), BenchError> {
+    for pid in pids {
+        let folder = format!("/proc/{pid}/task");
+        for thread in fs::read_dir(&folder).trying(|| format!("reading {folder}"))?.flatten() {
+            let Ok(thread) = thread.file_name().to_string_lossy().parse() else { continue };
+            // SAFETY: a set of processors is an array of integers, all zero is the empty one; it is whole for the call.
+            unsafe {
+                let mut set: libc::cpu_set_t = std::mem::zeroed();
+                let all = 0..libc::CPU_SETSIZE as usize;
+                all.filter(|each| cpu.is_none_or(|cpu| cpu == *each))
+                    .for_each(|each| libc::CPU_SET(each, &mut set));
+                libc::sched_setaffinity(thread, size_of::<libc::cpu_set_t>(), &set);
+            }
+        }
+    }
+    Ok(())
+}
+
+/// The processors this one may use.
+pub(crate) fn processors() -> Vec<usize> {
+    // SAFETY: as above; the kernel fills the set, or leaves it empty.
+    let set = unsafe {
+        let mut set: libc::cpu_set_t = std::mem::zeroed();
+        libc::sched_getaffinity(0, size_of::<libc::cpu_set_t>(), &mut set);
+        set
+    };
+    // SAFETY: the numbers are within the set.
+    (0..libc::CPU_SETSIZE as usize).filter(|cpu| unsafe { libc::CPU_ISSET(*cpu, &set) }).collect()
 }
