@@ -9,11 +9,15 @@ const CLASSES: [(usize, usize); 3] = [(16 << 10, 64), (256 << 10, 8), (2 << 20, 
 /// What may be out at a time. A single request of any allowed length is let through.
 const BUDGET: usize = 64 << 20;
 
+/// After so many small ones in a row large ones are not wanted any more.
+const SMALL_NOW: u32 = 64;
+
 /// Buffers of one connection.
 #[derive(Default)]
 pub(super) struct Buffers {
     free: [Vec<Aligned>; CLASSES.len()],
     out: usize,
+    small_in_a_row: u32,
 }
 
 /// One of them. Its content is whatever was there.
@@ -51,6 +55,10 @@ impl Buffers {
     pub(super) fn take(&mut self, length: usize) -> io::Result<Buffer> {
         let class = CLASSES.iter().position(|(size, _)| length <= *size);
         let capacity = class.map_or(length, |class| CLASSES[class].0);
+        self.small_in_a_row = if class == Some(0) { self.small_in_a_row.saturating_add(1) } else { 0 };
+        if self.small_in_a_row == SMALL_NOW {
+            self.free[1..].iter_mut().for_each(Vec::clear);
+        }
         let memory = match class.and_then(|class| self.free[class].pop()) {
             Some(memory) => memory,
             None => Aligned::new(capacity)?,
@@ -105,6 +113,14 @@ mod tests {
         assert_eq!(buffers.free[1].len(), 8);
         assert!(buffers.keep_much());
         buffers.release();
+        assert!(!buffers.keep_much());
+        let one = buffers.take(200_000).unwrap();
+        buffers.give_back(one);
+        for _ in 0..SMALL_NOW {
+            assert!(buffers.keep_much());
+            let small = buffers.take(512).unwrap();
+            buffers.give_back(small);
+        }
         assert!(!buffers.keep_much());
     }
 }
