@@ -10,10 +10,14 @@ use std::{
     time::Duration,
 };
 
+use vmseal_model::control::ExportKind;
+
 use crate::{
     export::{Export, MAX_CONNECTIONS},
     log, nbd,
     peer::PeerPolicy,
+    vhost_user,
+    worker::with_causes,
 };
 
 /// Most connections of one disk that are being looked at or served.
@@ -77,7 +81,11 @@ fn serve(stream: &UnixStream, export: &Arc<Export>, pid: i32) {
         Err(error) => return refuse(export, format_args!("{error}")),
     };
     log::line(format_args!("{}: process {pid} connected", export.target()));
-    match nbd::serve(stream, export) {
+    let outcome = match export.kind() {
+        ExportKind::VhostUser => vhost_user::serve(stream, export).map_err(|error| with_causes(&error)),
+        _ => nbd::serve(stream, export).map_err(|error| with_causes(&error)),
+    };
+    match outcome {
         Ok(()) => log::line(format_args!("{}: process {pid} disconnected", export.target())),
         Err(error) => log::line(format_args!("{}: process {pid}: {error}", export.target())),
     }

@@ -18,7 +18,7 @@ use vmseal_model::{
     id::DiskId,
 };
 
-use crate::{descriptors::hung_up, volume::Volume};
+use crate::{descriptors::hung_up, vhost_user::Link, volume::Volume};
 
 /// Most connections of the one client.
 pub const MAX_CONNECTIONS: usize = 16;
@@ -60,7 +60,9 @@ pub struct Export {
     name: String,
     target: String,
     kind: ExportKind,
+    serial: String,
     volume: Arc<Volume>,
+    link: Link,
     clients: Mutex<Clients>,
     changed: Condvar,
     read_bytes: AtomicU64,
@@ -98,7 +100,9 @@ impl Export {
             name: disk.to_string(),
             target,
             kind,
+            serial: disk.to_string(),
             volume: Arc::new(volume),
+            link: Link::default(),
             clients: Mutex::default(),
             changed: Condvar::new(),
             read_bytes: AtomicU64::new(0),
@@ -120,6 +124,22 @@ impl Export {
     /// How it is shown.
     pub fn kind(&self) -> ExportKind {
         self.kind
+    }
+
+    /// Gives it a serial number for its guest to see; without, that is its id.
+    #[must_use]
+    pub fn with_serial(self, serial: &str) -> Self {
+        if serial.is_empty() { self } else { Self { serial: serial.into(), ..self } }
+    }
+
+    /// Its serial number as its guest sees it, where we are the one to tell it.
+    pub fn serial(&self) -> &str {
+        &self.serial
+    }
+
+    /// Its vhost-user connection.
+    pub fn link(&self) -> &Link {
+        &self.link
     }
 
     /// Its volume.

@@ -22,6 +22,7 @@ pub mod nbd;
 pub mod peer;
 pub mod setup;
 pub mod store;
+pub mod vhost_user;
 pub mod volume;
 pub mod worker;
 

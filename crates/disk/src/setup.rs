@@ -149,7 +149,8 @@ pub fn prepare(setup: &Setup, mut fds: Vec<OwnedFd>, owner: u32) -> Result<Prepa
         let listener = listener(next()?)?;
         let latch = FlushLatch::shared(page.clone(), at);
         let volume = open_volume(disk, setup.vm, &keys, data).map_err(defect(disk))?.latched(latch);
-        exports.push((Export::new(disk.disk, disk.target.clone(), disk.export, volume), listener));
+        let export = Export::new(disk.disk, disk.target.clone(), disk.export, volume).with_serial(&disk.serial);
+        exports.push((export, listener));
     }
     Ok(Prepared { vm: setup.vm, domain: setup.domain, control, policy, exports, headers, page })
 }

@@ -16,3 +16,5 @@ mod peers;
 mod rig;
 mod tools;
 mod unprivileged;
+mod vhost_driver;
+mod vhost_user;
