@@ -9,7 +9,7 @@ export CARGO_TERM_COLOR ?= auto
 # Each is a file below tests/e2e/tests.
 SOAKS = boot create elsewhere outages hooks kills memory encrypt growth tamper
 
-.PHONY: help demo demo-down test test-vectors bench-start bench-disk lint build failpoints setup rust nextest
+.PHONY: help demo demo-down test test-vectors bench-start bench-disk bench-xts soak-fio soak-xts lint build failpoints setup rust nextest
 # cargo does the work in parallel.
 .NOTPARALLEL:
 
@@ -18,8 +18,9 @@ help:
 	@echo 'make demo-down     stop what the demo left'
 	@echo 'make test          build, then every proof in its small count (15 minutes on 2 cores)'
 	@echo 'make test-vectors  only the published test vectors'
-	@echo 'make soak-NAME     one proof in its full count: $(SOAKS)'
+	@echo 'make soak-NAME     one proof in its full count: $(SOAKS) fio xts'
 	@echo 'make bench-start   what encryption adds to virsh start; writes bench/out/start.json'
+	@echo 'make bench-xts     our cipher beside aws-lc, memcpy and the processor at its best; writes bench/out/xts.json'
 	@echo 'make bench-disk    our disks beside QEMU and nbdkit (8 minutes); writes bench/out/disk.json; ARGS="--only TEXT"'
 	@echo 'make lint          what CI demands of the source: format, lints, doors, bans'
 	@echo 'make build         the programs, below target/release'
@@ -51,6 +52,16 @@ $(SOAKS:%=soak-%): soak-%: failpoints build nextest
 
 bench-start: build
 	@$(CARGO) run --quiet $(PROFILE) -p vmseal-e2e --bin bench_start
+
+bench-xts: rust
+	@$(CARGO) run --quiet $(PROFILE) --locked -p vmseal-bench-xts
+
+# Proofs that live in their rooms.
+soak-fio: setup rust nextest
+	$(CARGO) build $(PROFILE) --locked -p vmseal-disk
+	VMSEAL_SOAK=1 $(CARGO) nextest run $(PROFILE) --locked -p vmseal-disk --profile soak --success-output final -E 'test(fio_finds)'
+soak-xts: rust nextest
+	VMSEAL_SOAK=1 $(CARGO) nextest run $(PROFILE) --locked -p vmseal-xts --profile soak --success-output final -E 'test(differential)'
 
 bench-disk: setup rust
 	$(CARGO) build $(PROFILE) --locked -p vmseal-disk
