@@ -7,7 +7,7 @@ BINS = -p vmseal-cli -p vmseal-server -p vmseal-agent -p vmseal-disk
 OUT = $(or $(CARGO_TARGET_DIR),target)/release
 export CARGO_TERM_COLOR ?= auto
 # Each is a file below tests/e2e/tests.
-SOAKS = boot create elsewhere outages hooks kills memory encrypt growth tamper
+SOAKS = boot create elsewhere outages hooks kills memory encrypt growth tamper class
 
 .PHONY: help demo demo-down test test-vectors bench-start bench-disk bench-xts soak-fio soak-xts lint build failpoints setup rust nextest
 # cargo does the work in parallel.

@@ -10,6 +10,7 @@ pub mod libvirtd;
 mod orphans;
 pub mod scan;
 pub mod shell;
+pub mod writer;
 
 /// How often a test does its thing: `small` in `make test`, `full` in `make soak-NAME`, which sets `VMSEAL_SOAK`.
 pub fn rounds(small: usize, full: usize) -> usize {
