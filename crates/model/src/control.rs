@@ -66,7 +66,7 @@ pub struct DiskSetup {
     /// How it is shown. The listening socket that comes with the disk speaks this.
     #[serde(default)]
     pub export: ExportKind,
-    /// What the guest reads as its serial number; empty for none. Only of [`ExportKind::VhostUser`]: of the others QEMU
+    /// What the guest reads as its serial number; empty: the disk's id. Only of [`ExportKind::VhostUser`]: of the others QEMU
     /// answers that itself.
     #[serde(default)]
     pub serial: String,
