@@ -58,8 +58,8 @@ const VIRTIO_F_VERSION_1: u64 = 1 << 32;
 /// Name of the guest's memory in `/proc/PID/smaps`: it is not the server's.
 pub(crate) const GUEST_MEMORY: &str = "memfd:vmseal-bench-guest";
 
-/// Shared memory, mapped.
-struct Memory {
+/// Memory of a guest: shared, mapped.
+pub(crate) struct Memory {
     base: *mut u8,
     len: usize,
     fd: OwnedFd,
@@ -72,7 +72,12 @@ unsafe impl Send for Memory {}
 unsafe impl Sync for Memory {}
 
 impl Memory {
-    fn new(len: usize) -> io::Result<Self> {
+    /// For a disk with this many queues.
+    pub(crate) fn new(queues: usize) -> Result<Self, BenchError> {
+        Self::map(queues * QUEUE_BYTES).trying(|| "making guest memory".to_owned())
+    }
+
+    fn map(len: usize) -> io::Result<Self> {
         // SAFETY: a NUL-terminated name and a flag; the descriptor is owned at once.
         let fd = unsafe { libc::memfd_create(c"vmseal-bench-guest".as_ptr(), libc::MFD_CLOEXEC) };
         if fd < 0 {
@@ -128,11 +133,16 @@ pub(crate) struct Queue {
 impl Device {
     /// Sets up this many queues.
     pub(crate) fn new(stream: UnixStream, peer: &str, queues: usize) -> Result<Self, BenchError> {
+        Self::with_memory(Memory::new(queues)?, stream, peer)
+    }
+
+    /// Sets up the queues of a guest's memory.
+    pub(crate) fn with_memory(memory: Memory, stream: UnixStream, peer: &str) -> Result<Self, BenchError> {
         let failed = |message: &'static str| {
             move |source| BenchError::VhostUser { peer: peer.to_owned(), message, source }
         };
-        let guest = queues * QUEUE_BYTES;
-        let memory = Arc::new(Memory::new(guest).trying(|| "making guest memory".to_owned())?);
+        let queues = memory.len / QUEUE_BYTES;
+        let memory = Arc::new(memory);
         let mut frontend = Frontend::from_stream(stream, queues as u64);
         frontend.set_owner().map_err(failed("SET_OWNER"))?;
         let offered = frontend.get_features().map_err(failed("GET_FEATURES"))?;
@@ -163,7 +173,7 @@ impl Device {
         let base = memory.base as u64;
         let region = VhostUserMemoryRegionInfo {
             guest_phys_addr: 0,
-            memory_size: guest as u64,
+            memory_size: memory.len as u64,
             userspace_addr: base,
             mmap_offset: 0,
             mmap_handle: memory.fd.as_raw_fd(),
