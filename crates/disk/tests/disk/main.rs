@@ -16,5 +16,8 @@ mod peers;
 mod rig;
 mod tools;
 mod unprivileged;
+mod vhost_crash;
 mod vhost_driver;
+mod vhost_hostile;
+mod vhost_log;
 mod vhost_user;

@@ -3,7 +3,7 @@
 use std::{
     os::unix::net::UnixStream,
     path::{Path, PathBuf},
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use vhost::{
@@ -42,6 +42,15 @@ pub(crate) fn kill_worker(rig: &Rig) {
     kill(pid, libc::SIGKILL);
     // Its listening socket is the next one's; what it had accepted itself is lost.
     wait_gone(pid);
+}
+
+/// Waits until the log has a line: what a queue says when it stops has no other way to a test.
+pub(crate) fn wait_for_line(rig: &Rig, text: &str) {
+    let deadline = Instant::now() + Duration::from_secs(20);
+    while !rig.log().contains(text) {
+        assert!(Instant::now() < deadline, "no line {text:?}\n{}", rig.log());
+        std::thread::yield_now();
+    }
 }
 
 /// A directory in memory, where an access is a copy and done at once.
