@@ -3,13 +3,13 @@
 
 CARGO ?= cargo
 PROFILE = --release
-BINS = -p vmseal-cli -p vmseal-server -p vmseal-agent -p vmseal-disk
+BINS = -p vmseal-cli -p vmseal-server -p vmseal-agent -p vmseal-disk -p vmseal-rbd
 OUT = $(or $(CARGO_TARGET_DIR),target)/release
 export CARGO_TERM_COLOR ?= auto
 # Each is a file below tests/e2e/tests.
 SOAKS = boot create elsewhere outages hooks kills memory encrypt growth tamper class
 
-.PHONY: help demo demo-down test test-vectors bench-start bench-disk bench-xts soak-fio soak-xts lint build failpoints setup rust nextest
+.PHONY: help demo demo-down test test-vectors test-rbd soak-rbd bench-start bench-disk bench-xts soak-fio soak-xts lint build failpoints setup rust nextest
 # cargo does the work in parallel.
 .NOTPARALLEL:
 
@@ -18,7 +18,8 @@ help:
 	@echo 'make demo-down     stop what the demo left'
 	@echo 'make test          build, then every proof in its small count (15 minutes on 2 cores)'
 	@echo 'make test-vectors  only the published test vectors'
-	@echo 'make soak-NAME     one proof in its full count: $(SOAKS) fio xts'
+	@echo 'make test-rbd      volumes on Ceph RBD, with a cluster on this machine (installs Ceph; 2 minutes)'
+	@echo 'make soak-NAME     one proof in its full count: $(SOAKS) fio xts rbd'
 	@echo 'make bench-start   what encryption adds to virsh start; writes bench/out/start.json'
 	@echo 'make bench-xts     our cipher beside aws-lc, memcpy and the processor at its best; writes bench/out/xts.json'
 	@echo 'make bench-disk    our disks beside QEMU and nbdkit (8 minutes); writes bench/out/disk.json; ARGS="--only TEXT"'
@@ -44,6 +45,13 @@ test-vectors: rust nextest
 	@tests/lab/setup.sh build
 	$(CARGO) nextest run $(PROFILE) --locked -p vmseal-keys -p vmseal-xts -p vmseal-luks --success-output final \
 	  -E 'binary(/^vectors/)'
+
+# In `make test` these run only where Ceph's programs are installed already.
+test-rbd soak-rbd: rust nextest
+	@tests/lab/setup.sh ceph
+	$(CARGO) build $(PROFILE) --locked -p vmseal-disk -p vmseal-rbd
+	VMSEAL_NEED_CEPH=1 $(if $(filter soak-%,$@),VMSEAL_SOAK=1) $(CARGO) nextest run $(PROFILE) --locked -p vmseal-disk \
+	  --profile $(if $(filter soak-%,$@),soak,default) --success-output final -E 'binary(=disk) and test(/^remote::/)'
 
 $(SOAKS:%=soak-%): soak-%: failpoints build nextest
 	@echo 'make: $* in its full count; it says at its end how often it did what'

@@ -1,6 +1,9 @@
 #!/bin/sh
 # Installs what the build, the demo and the tests need, with the system's package manager, and makes the two system
 # users. Says each thing before it does it; does nothing that is done already.
+#   setup.sh [all]   everything but
+#   setup.sh ceph    all, and a Ceph cluster's programs for the tests of volumes on RBD
+#   setup.sh build   what the build needs, and no user
 set -eu
 
 say() { echo "setup: $*" >&2; }
@@ -10,8 +13,10 @@ build="gcc libc6-dev ca-certificates xz-utils"
 host="qemu-system-x86 qemu-utils qemu-block-extra libvirt-daemon-system libvirt-clients libvirt-daemon-driver-qemu"
 lab="cryptsetup-bin dmsetup fio libnbd-bin python3-libnbd nbdkit busybox-static cpio kmod dpkg-dev e2fsprogs fdisk util-linux
  gdb apparmor openssl socat virtinst procps iproute2 python3"
+ceph="ceph-mon ceph-osd ceph-mgr ceph-common librbd1 librados2"
 want="$build"
 [ "${1:-all}" = build ] || want="$build $host $lab"
+[ "${1:-all}" != ceph ] || want="$want $ceph"
 
 have() { [ "$(dpkg-query -W -f '${db:Status-Status}' "$1" 2>/dev/null)" = installed ]; }
 version() { dpkg-query -W -f '${Version}' "$1" 2>/dev/null; }

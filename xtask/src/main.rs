@@ -12,6 +12,7 @@ use std::{
 const DOORS: &[(&str, &[&str])] = &[
     ("model", &[]),
     ("xts", &[]),
+    ("rbd", &["model"]),
     ("keys", &["model"]),
     ("luks", &["keys", "xts", "model"]),
     ("disk", &["luks", "xts", "keys", "model"]),
@@ -26,7 +27,7 @@ const DOORS: &[(&str, &[&str])] = &[
 const NOT_IN_DISK: &[&str] = &["tokio", "sqlx", "axum", "tonic", "hyper", "rustls"];
 
 /// Rooms that may say `unsafe`: they call the kernel, SIMD or C.
-const UNSAFE_ROOMS: &[&str] = &["keys", "xts", "disk", "agent"];
+const UNSAFE_ROOMS: &[&str] = &["keys", "xts", "disk", "agent", "rbd"];
 
 fn main() -> ExitCode {
     let found = match std::env::args().nth(1).as_deref() {

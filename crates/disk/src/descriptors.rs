@@ -47,6 +47,15 @@ pub fn peer_of(socket: &impl AsFd) -> io::Result<libc::ucred> {
 
 /// Whether a descriptor is a listening unix stream socket.
 pub fn is_unix_listener(socket: &impl AsFd) -> bool {
+    is_listener(socket, libc::SOCK_STREAM)
+}
+
+/// Whether a descriptor is a listening unix socket that keeps packets apart.
+pub fn is_packet_listener(socket: &impl AsFd) -> bool {
+    is_listener(socket, libc::SOCK_SEQPACKET)
+}
+
+fn is_listener(socket: &impl AsFd, kind: libc::c_int) -> bool {
     let fd = socket.as_fd().as_raw_fd();
     matches!(
         (
@@ -54,7 +63,7 @@ pub fn is_unix_listener(socket: &impl AsFd) -> bool {
             socket_option::<libc::c_int>(fd, libc::SO_TYPE),
             socket_option::<libc::c_int>(fd, libc::SO_ACCEPTCONN)
         ),
-        (Ok(libc::AF_UNIX), Ok(libc::SOCK_STREAM), Ok(1))
+        (Ok(libc::AF_UNIX), Ok(found), Ok(1)) if found == kind
     )
 }
 

@@ -4,12 +4,13 @@
 //! Encryption is the copy between the client's memory and what the store is given; a read is decrypted where it lies.
 //! Nothing is held back: a write that is done is in the kernel, and a flush that is done is on the medium.
 //!
-//! Two engines. [`ring`] keeps many requests under way on an io_uring that may do nothing but this (see
-//! [`ring::OPCODES`]). [`blocking`] does each at once: for stores in memory, where there is nothing to wait for, and
+//! Three engines. [`ring`] keeps many requests under way on an io_uring that may do nothing but this (see
+//! [`ring::OPCODES`]). [`remote`] does so at the helper of a network store. [`blocking`] does each at once: for stores in memory, where there is nothing to wait for, and
 //! for hosts that switched io_uring off.
 
 mod blocking;
 mod pieces;
+mod remote;
 pub mod ring;
 #[cfg(test)]
 mod tests;
@@ -24,7 +25,7 @@ use std::{
     },
 };
 
-use self::{blocking::Blocking, ring::Ring};
+use self::{blocking::Blocking, remote::Remote, ring::Ring};
 use crate::{
     log,
     volume::{Volume, VolumeError},
@@ -112,6 +113,8 @@ pub enum EngineKind {
     Ring,
     /// pread and pwrite, one after another.
     Blocking,
+    /// A helper's, many requests under way.
+    Remote,
 }
 
 impl fmt::Display for EngineKind {
@@ -119,6 +122,7 @@ impl fmt::Display for EngineKind {
         f.write_str(match self {
             Self::Ring => "io_uring",
             Self::Blocking => "pread/pwrite",
+            Self::Remote => "store helper",
         })
     }
 }
@@ -132,6 +136,7 @@ pub struct Lane {
 enum Engine {
     Ring(Box<Ring>),
     Blocking(Box<Blocking>),
+    Remote(Box<Remote>),
 }
 
 /// What a lane has to say: requests that are done, descriptors that became readable.
@@ -157,7 +162,9 @@ impl Lane {
     ///
     /// No memory or no descriptor left. That io_uring cannot be had is no error.
     pub fn new(volume: Arc<Volume>) -> io::Result<Self> {
-        let engine = if volume.store().ring_fd().is_none() {
+        let engine = if let Some(link) = volume.store().link().cloned() {
+            Engine::Remote(Box::new(Remote::new(volume, link)?))
+        } else if volume.store().ring_fd().is_none() {
             Engine::Blocking(Box::new(Blocking::new(volume)?))
         } else {
             match Ring::new(volume.clone()) {
@@ -181,6 +188,7 @@ impl Lane {
         match &self.engine {
             Engine::Ring(_) => EngineKind::Ring,
             Engine::Blocking(_) => EngineKind::Blocking,
+            Engine::Remote(_) => EngineKind::Remote,
         }
     }
 
@@ -196,6 +204,8 @@ impl Lane {
             Engine::Ring(ring) => unsafe { ring.submit(request, &mut self.outbox) },
             // SAFETY: passed on.
             Engine::Blocking(blocking) => unsafe { blocking.submit(&request, &mut self.outbox) },
+            // SAFETY: passed on.
+            Engine::Remote(remote) => unsafe { remote.submit(request, &mut self.outbox) },
         }
     }
 
@@ -209,6 +219,7 @@ impl Lane {
         match &self.engine {
             Engine::Ring(ring) => ring.in_flight(),
             Engine::Blocking(_) => 0,
+            Engine::Remote(remote) => remote.in_flight(),
         }
     }
 
@@ -217,6 +228,7 @@ impl Lane {
         match &self.engine {
             Engine::Ring(ring) => ring.has_room(),
             Engine::Blocking(_) => true,
+            Engine::Remote(remote) => remote.has_room(),
         }
     }
 
@@ -230,6 +242,7 @@ impl Lane {
         match &mut self.engine {
             Engine::Ring(ring) => ring.watch(fd, key),
             Engine::Blocking(blocking) => blocking.watch(fd, key),
+            Engine::Remote(remote) => remote.watch(fd, key),
         }
     }
 
@@ -238,6 +251,7 @@ impl Lane {
         match &mut self.engine {
             Engine::Ring(ring) => ring.unwatch(key),
             Engine::Blocking(blocking) => blocking.unwatch(key),
+            Engine::Remote(remote) => remote.unwatch(key),
         }
         self.outbox.ready.retain(|ready| *ready != key);
     }
@@ -264,6 +278,7 @@ impl Lane {
         match &mut self.engine {
             Engine::Ring(ring) => ring.turn(wait, &mut self.outbox),
             Engine::Blocking(blocking) => blocking.turn(wait, &mut self.outbox),
+            Engine::Remote(remote) => remote.turn(wait, &mut self.outbox),
         }
     }
 
@@ -275,8 +290,10 @@ impl Lane {
 
     /// Waits until nothing is under way. What is done then has still to be taken.
     pub fn drain(&mut self) {
-        if let Engine::Ring(ring) = &mut self.engine {
-            ring.drain(&mut self.outbox);
+        match &mut self.engine {
+            Engine::Ring(ring) => ring.drain(&mut self.outbox),
+            Engine::Blocking(_) => {}
+            Engine::Remote(remote) => remote.drain(&mut self.outbox),
         }
     }
 }

@@ -20,6 +20,7 @@ pub mod latch;
 pub mod log;
 pub mod nbd;
 pub mod peer;
+pub mod remote;
 pub mod setup;
 pub mod store;
 pub mod vhost_user;

@@ -23,6 +23,7 @@ use crate::{
     export::Export,
     latch::{FlushLatch, SharedPage},
     peer::PeerPolicy,
+    remote::RemoteStore,
     store::{FileStore, Store, StoreError},
     volume::{Layout, Volume, VolumeError},
 };
@@ -148,8 +149,9 @@ pub fn prepare(setup: &Setup, mut fds: Vec<OwnedFd>, owner: u32) -> Result<Prepa
         }
         let listener = listener(next()?)?;
         let latch = FlushLatch::shared(page.clone(), at);
-        let volume = open_volume(disk, setup.vm, &keys, data).map_err(defect(disk))?.latched(latch);
-        let export = Export::new(disk.disk, disk.target.clone(), disk.export, volume).with_serial(&disk.serial);
+        let volume = open_volume(disk, setup.vm, &keys, data, owner).map_err(defect(disk))?.latched(latch);
+        let export =
+            Export::new(disk.disk, disk.target.clone(), disk.export, volume).with_serial(&disk.serial);
         exports.push((export, listener));
     }
     Ok(Prepared { vm: setup.vm, domain: setup.domain, control, policy, exports, headers, page })
@@ -172,10 +174,23 @@ pub(crate) fn listener(fd: OwnedFd) -> Result<UnixListener, SetupError> {
     Ok(listener)
 }
 
-fn open_volume(disk: &DiskSetup, vm: VmId, keys: &KeyMemory, data: OwnedFd) -> Result<Volume, DiskDefect> {
+fn open_volume(
+    disk: &DiskSetup,
+    vm: VmId,
+    keys: &KeyMemory,
+    data: OwnedFd,
+    owner: u32,
+) -> Result<Volume, DiskDefect> {
     let layout = layout_of(disk)?;
     let cipher =
         Cipher::new(keys.dek(disk, vm)?.data_key(), layout.unit as usize).map_err(DiskDefect::Key)?;
+    if RemoteStore::is_meant_by(&data) {
+        if layout.grows {
+            return Err(DiskDefect::Value("a volume behind a store helper cannot grow"));
+        }
+        let store = RemoteStore::new(data, owner).map_err(|error| DiskDefect::Store(error.into()))?;
+        return Volume::new(Box::new(store), cipher, layout).map_err(DiskDefect::Volume);
+    }
     let mut store = FileStore::new(File::from(data), disk.read_only).map_err(DiskDefect::Store)?;
     // The description is this VM's alone (its keeper, its workers): nobody else's I/O is changed by it.
     store.go_direct(layout.unit);

@@ -11,9 +11,10 @@ use std::{
         fd::{AsFd, AsRawFd, BorrowedFd},
         unix::fs::{FileExt, FileTypeExt},
     },
+    sync::Arc,
 };
 
-use crate::aligned::Aligned;
+use crate::{aligned::Aligned, remote::Link};
 
 /// A run of bytes that is all data or all hole.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -65,6 +66,11 @@ pub trait Store: Send + Sync {
 
     /// The descriptor, where asynchronous I/O on it pays: it does not where every access is a copy of memory.
     fn ring_fd(&self) -> Option<BorrowedFd<'_>> {
+        None
+    }
+
+    /// The way to the helper, where that keeps the bytes.
+    fn link(&self) -> Option<&Arc<Link>> {
         None
     }
 

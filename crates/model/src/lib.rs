@@ -11,5 +11,6 @@ pub mod operation;
 pub mod record;
 pub mod refusal;
 pub mod state;
+pub mod store_helper;
 pub mod task;
 pub mod ublk;

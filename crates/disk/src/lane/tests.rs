@@ -67,10 +67,8 @@ fn lane(kind: EngineKind, change: impl FnOnce(&mut Layout)) -> Lane {
         store.extend_to(BASE + layout.presented).unwrap();
     }
     store.go_direct(layout.unit);
-    let store: Box<dyn Store> = match kind {
-        EngineKind::Ring => Box::new(store),
-        EngineKind::Blocking => Box::new(InMemory(store)),
-    };
+    let store: Box<dyn Store> =
+        if kind == EngineKind::Ring { Box::new(store) } else { Box::new(InMemory(store)) };
     let cipher = Cipher::new(Dek::generate().unwrap().data_key(), layout.unit as usize).unwrap();
     let lane = Lane::new(Arc::new(Volume::new(store, cipher, layout).unwrap())).unwrap();
     assert_eq!(lane.engine(), kind, "a scratch folder on tmpfs, or no io_uring: this test needs a disk");

@@ -13,6 +13,7 @@ mod lifecycle;
 mod memory;
 mod nbd_client;
 mod peers;
+mod remote;
 mod rig;
 mod tools;
 mod unprivileged;

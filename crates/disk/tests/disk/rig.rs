@@ -4,7 +4,7 @@ use std::{
     fs::{self, File, OpenOptions},
     io::Write,
     os::{
-        fd::{AsFd, AsRawFd, BorrowedFd},
+        fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd},
         unix::{
             fs::FileExt,
             net::{UnixListener, UnixStream},
@@ -101,6 +101,8 @@ pub(crate) struct Disk {
     pub(crate) file: PathBuf,
     pub(crate) socket: PathBuf,
     pub(crate) payload: [u8; 96],
+    /// Where a store's helper connects to; takes the file's place.
+    pub(crate) store: Option<OwnedFd>,
 }
 
 impl Disk {
@@ -132,10 +134,13 @@ impl Disk {
             export: ExportKind::default(),
             serial: String::new(),
         };
-        Self { id, setup, file, socket: directory.join(format!("{target}.sock")), payload }
+        Self { id, setup, file, socket: directory.join(format!("{target}.sock")), payload, store: None }
     }
 
     pub(crate) fn open(&self) -> File {
+        if let Some(store) = &self.store {
+            return store.try_clone().unwrap().into();
+        }
         OpenOptions::new().read(true).write(!self.setup.read_only).open(&self.file).unwrap()
     }
 

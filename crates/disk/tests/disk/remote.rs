@@ -1,0 +1,399 @@
+//! Volumes on Ceph RBD, with the real `vmseal-rbd` and a real cluster of one OSD (`tests/lab/ceph.sh`). Skipped where
+//! Ceph's packages are missing, unless VMSEAL_NEED_CEPH is set: `make test-rbd` installs them and sets it.
+
+use std::{
+    fs::{File, OpenOptions},
+    io::{BufRead, BufReader, Read, Write},
+    mem,
+    os::{
+        fd::{AsRawFd, FromRawFd, OwnedFd},
+        unix::{ffi::OsStrExt, fs::FileExt},
+    },
+    path::{Path, PathBuf},
+    process::{Child, Command, Stdio},
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+        mpsc,
+    },
+    thread,
+    time::{Duration, Instant},
+};
+
+use vmseal_keys::Dek;
+use vmseal_luks::{VmsealToken, create, create::Geometry, inspect};
+use vmseal_model::store_helper::{MESSAGE_BYTES, StoreMessage, StoreOp};
+
+use crate::{
+    nbd_client::{Client, FUA, Fault},
+    rig::{BINARY, MIB, Plan, Rig, Scratch, Spec, kill, pattern},
+    tools::{fails, ok},
+};
+
+/// A cluster, ended when dropped.
+struct Ceph(Scratch);
+
+impl Ceph {
+    fn start() -> Option<Self> {
+        let path = std::env::var_os("PATH").unwrap_or_default();
+        let have = |name: &str| std::env::split_paths(&path).any(|directory| directory.join(name).is_file());
+        if let Some(missing) =
+            ["ceph-mon", "ceph-osd", "ceph-mgr", "ceph", "rbd"].iter().find(|name| !have(name))
+        {
+            assert!(
+                std::env::var_os("VMSEAL_NEED_CEPH").is_none(),
+                "{missing} is missing: tests/lab/setup.sh ceph"
+            );
+            println!("skipped: {missing} is missing (`make test-rbd` installs it)");
+            return None;
+        }
+        let ceph = Self(Scratch::new());
+        ok(&mut ceph.script("start"));
+        Some(ceph)
+    }
+
+    fn script(&self, order: &str) -> Command {
+        let mut command = Command::new(concat!(env!("CARGO_MANIFEST_DIR"), "/../../tests/lab/ceph.sh"));
+        command.arg(order).arg(self.0.path("ceph"));
+        command
+    }
+
+    fn conf(&self) -> PathBuf {
+        self.0.path("ceph/ceph.conf")
+    }
+
+    fn rbd(&self, arguments: &[&str]) -> String {
+        ok(Command::new("rbd").arg("-c").arg(self.conf()).arg("--no-progress").args(arguments))
+    }
+}
+
+impl Drop for Ceph {
+    fn drop(&mut self) {
+        let _ = self.script("stop").status();
+    }
+}
+
+/// `vmseal-rbd`, before it is known whether it gets the lock.
+struct Starting(Child);
+
+/// One that has it.
+struct Helper {
+    process: Child,
+    owner: String,
+}
+
+impl Starting {
+    fn new(ceph: &Ceph, socket: &Path, take_over: Option<&str>) -> Self {
+        let binary = Path::new(BINARY).with_file_name("vmseal-rbd");
+        assert!(binary.is_file(), "{} is missing: cargo build -p vmseal-rbd", binary.display());
+        let mut command = Command::new(binary);
+        command
+            .args(["--pool", "rbd", "--image", "vol", "--socket"])
+            .arg(socket)
+            .arg("--conf")
+            .arg(ceph.conf());
+        if let Some(owner) = take_over {
+            command.args(["--take-over", owner]);
+        }
+        Self(command.stdout(Stdio::piped()).spawn().unwrap())
+    }
+
+    /// `Err` is the exit code of one that did not get it.
+    fn decide(mut self) -> Result<Helper, Option<i32>> {
+        let mut line = String::new();
+        BufReader::new(self.0.stdout.take().unwrap()).read_line(&mut line).unwrap();
+        match line.trim_end().strip_prefix("owner ") {
+            Some(owner) => Ok(Helper { process: self.0, owner: owner.into() }),
+            None => Err(self.0.wait().unwrap().code()),
+        }
+    }
+}
+
+impl Helper {
+    fn start(ceph: &Ceph, socket: &Path, take_over: Option<&str>) -> Self {
+        Starting::new(ceph, socket, take_over).decide().expect("the lock is free")
+    }
+
+    fn kill(&mut self) {
+        let _ = self.process.kill();
+        let _ = self.process.wait();
+    }
+
+    /// Ends in order, which gives the lock back.
+    fn end(mut self) {
+        kill(self.process.id() as i32, libc::SIGTERM);
+        assert!(self.process.wait().unwrap().success());
+    }
+}
+
+impl Drop for Helper {
+    fn drop(&mut self) {
+        self.kill();
+    }
+}
+
+/// A listening socket that keeps packets apart.
+fn packet_listener(path: &Path) -> OwnedFd {
+    // SAFETY: sockaddr_un is plain data and long enough for the path; the descriptor is new and ours alone.
+    unsafe {
+        let mut address: libc::sockaddr_un = mem::zeroed();
+        address.sun_family = libc::AF_UNIX as libc::sa_family_t;
+        let bytes = path.as_os_str().as_bytes();
+        assert!(bytes.len() < address.sun_path.len());
+        for (to, from) in address.sun_path.iter_mut().zip(bytes) {
+            *to = *from as libc::c_char;
+        }
+        let fd = libc::socket(libc::AF_UNIX, libc::SOCK_SEQPACKET | libc::SOCK_CLOEXEC, 0);
+        assert!(fd >= 0);
+        let length = mem::size_of_val(&address) as libc::socklen_t;
+        assert_eq!(libc::bind(fd, (&raw const address).cast(), length), 0);
+        assert_eq!(libc::listen(fd, 8), 0);
+        OwnedFd::from_raw_fd(fd)
+    }
+}
+
+/// A disk whose image is in the cluster, with our header; not started yet.
+fn plan(ceph: &Ceph, bytes: u64) -> Plan {
+    let mut plan = Plan::new(&[Spec::fixed(bytes)]);
+    let socket = plan.scratch.path("store.sock");
+    let disk = &mut plan.disks[0];
+    let dek = Dek::from_payload_slice(&disk.payload).unwrap();
+    let header = create(&dek, disk.id, &Geometry::attached(512), &VmsealToken::default()).unwrap();
+    OpenOptions::new().write(true).open(&disk.file).unwrap().write_all_at(&header, 0).unwrap();
+    ceph.rbd(&["import", disk.file.to_str().unwrap(), "rbd/vol"]);
+    disk.store = Some(packet_listener(&socket));
+    plan
+}
+
+/// Puts what is in the cluster where the rig looks for the volume's bytes.
+fn export(ceph: &Ceph, rig: &Rig) {
+    std::fs::remove_file(&rig.disk().file).unwrap();
+    ceph.rbd(&["export", "rbd/vol", rig.disk().file.to_str().unwrap()]);
+}
+
+#[test]
+fn volume_in_ceph_is_ciphertext_under_our_header() {
+    let Some(ceph) = Ceph::start() else { return };
+    let plan = plan(&ceph, 8 * MIB);
+    let socket = plan.scratch.path("store.sock");
+    let helper = Helper::start(&ceph, &socket, None);
+    let rig = plan.start();
+    assert_eq!(rig.status().disks[0].stored_bytes, 8 * MIB);
+    let mut client = Client::connect(&rig.disk().socket).unwrap();
+    let mut model = vec![0; 8 << 20];
+    for (at, length) in
+        [(0, 512), (4096, 4096), (MIB - 512, 3 << 20), (5 * MIB + 1024, 1536), (8 * MIB - 512, 512)]
+    {
+        let data = pattern(at, length);
+        client.write(at, &data, if length == 512 { FUA } else { 0 }).unwrap();
+        model[at as usize..][..length].copy_from_slice(&data);
+    }
+    client.request(crate::nbd_client::WRITE_ZEROES, 0, 2 * MIB, 300 << 10).unwrap();
+    model[2 << 20..][..300 << 10].fill(0);
+    client.flush().unwrap();
+    assert_eq!(client.read(0, 8 << 20).unwrap(), model);
+    client.request(crate::nbd_client::TRIM, 0, 6 * MIB, 1 << 20).unwrap();
+    assert_eq!(client.read(0, 6 << 20).unwrap(), model[..6 << 20]);
+    export(&ceph, &rig);
+    let stored = rig.disk().stored_plain();
+    assert!(stored[..6 << 20] == model[..6 << 20], "what lies in the cluster decrypts to what was written");
+    let raw = rig.disk().stored();
+    assert!(
+        !raw.windows(64).any(|window| window == &model[MIB as usize..][..64]),
+        "plaintext in the cluster"
+    );
+    let mut volume = File::open(&rig.disk().file).unwrap();
+    let verdict = inspect(&mut volume, Some(false)).unwrap();
+    assert!(verdict.accepted(), "{verdict}");
+    // Others are kept out while it is served.
+    let told = fails(
+        Command::new("rbd")
+            .arg("-c")
+            .arg(ceph.conf())
+            .args(["bench", "rbd/vol", "--io-type", "write"])
+            .args(["--io-total", "4K", "--rbd-default-clone-format=2"]),
+    );
+    assert!(told.contains("lock") || told.contains("Read-only"), "{told}");
+    drop(rig);
+    drop(helper);
+}
+
+#[test]
+fn requests_wait_for_the_next_helper_and_no_client_sees_an_error() {
+    let Some(ceph) = Ceph::start() else { return };
+    let plan = plan(&ceph, 16 * MIB);
+    let store = plan.scratch.path("store.sock");
+    let mut helper = Helper::start(&ceph, &store, None);
+    let rig = plan.start();
+    let stop = Arc::new(AtomicBool::new(false));
+    let (sender, acknowledged) = mpsc::channel();
+    let writers: Vec<_> = (0..2)
+        .map(|part| {
+            let (socket, stop, sender) = (rig.disk().socket.clone(), stop.clone(), sender.clone());
+            thread::spawn(move || writer(&socket, part, &stop, &sender))
+        })
+        .collect();
+    let soak = std::env::var_os("VMSEAL_SOAK").is_some();
+    let (mut helpers, mut workers) = (0, 0);
+    let rounds = if soak { 200 } else { 8 };
+    for round in 0..rounds {
+        for _ in 0..12 {
+            acknowledged.recv_timeout(Duration::from_secs(60)).expect("writers go on");
+        }
+        if round % 4 == 3 {
+            kill(rig.status().worker_pid, libc::SIGKILL);
+            workers += 1;
+        } else {
+            helper.kill();
+            helper = Helper::start(&ceph, &store, Some(&helper.owner.clone()));
+            helpers += 1;
+        }
+    }
+    for _ in 0..12 {
+        acknowledged.recv_timeout(Duration::from_secs(60)).expect("writers go on");
+    }
+    stop.store(true, Ordering::Relaxed);
+    let model: Vec<u8> = writers.into_iter().flat_map(|writer| writer.join().unwrap()).collect();
+    let mut client = Client::connect(&rig.disk().socket).unwrap();
+    assert!(client.read(0, 16 << 20).unwrap() == model, "what the disk shows");
+    export(&ceph, &rig);
+    assert!(rig.disk().stored_plain() == model, "what the cluster holds");
+    println!("{helpers} helpers and {workers} workers killed under load");
+}
+
+/// Writes batches within its half of the disk; gives what that holds by its acknowledgements. A connection that ends is
+/// made again, as QEMU does after a worker's death; an error is the test's failure.
+fn writer(socket: &Path, part: u64, stop: &AtomicBool, acknowledged: &mpsc::Sender<()>) -> Vec<u8> {
+    let base = part * 8 * MIB;
+    let mut model = vec![0; 8 << 20];
+    let mut client = None;
+    for round in 0u64.. {
+        if stop.load(Ordering::Relaxed) {
+            break;
+        }
+        let writes: Vec<(u64, Vec<u8>)> = (0..4)
+            .map(|quarter| {
+                let seed = round * 8 + quarter * 2 + part;
+                let at = quarter * 2 * MIB + (seed.wrapping_mul(0x9e37_79b9) % 448) * 4096;
+                (base + at, pattern(seed, 4096 << (seed % 7)))
+            })
+            .collect();
+        loop {
+            let Some(connected) = &mut client else {
+                client = Client::connect(socket).ok();
+                continue;
+            };
+            match connected.write_batch(&writes) {
+                Ok(()) => break,
+                Err(Fault::Gone(_)) => client = None,
+                Err(fault) => panic!("a write failed: {fault:?}"),
+            }
+        }
+        for (at, data) in writes {
+            let at = (at - base) as usize;
+            model[at..at + data.len()].copy_from_slice(&data);
+        }
+        let _ = acknowledged.send(());
+    }
+    model
+}
+
+/// A worker's side of the first channel, by hand.
+struct Peer(File);
+
+impl Peer {
+    /// The next helper that is alive: one that was ended may have knocked before.
+    fn accept(listener: &OwnedFd) -> Self {
+        loop {
+            // SAFETY: no address is asked for; the descriptor is new and ours alone.
+            let stream = unsafe {
+                let (address, length) = (std::ptr::null_mut(), std::ptr::null_mut());
+                let fd = libc::accept4(listener.as_raw_fd(), address, length, libc::SOCK_CLOEXEC);
+                assert!(fd >= 0);
+                File::from_raw_fd(fd)
+            };
+            let mut peer = Self(stream);
+            let mut bytes = [0; MESSAGE_BYTES];
+            if peer.0.read_exact(&mut bytes).is_err() {
+                continue;
+            }
+            let hello = StoreMessage::decode(&bytes).unwrap();
+            assert_eq!(hello, StoreMessage::hello(hello.offset));
+            if (&peer.0).write(&bytes).is_ok() {
+                return peer;
+            }
+        }
+    }
+
+    fn say(&self, message: &StoreMessage) {
+        assert_eq!((&self.0).write(&message.encode()).unwrap(), MESSAGE_BYTES);
+    }
+
+    fn hear(&mut self) -> StoreMessage {
+        let mut bytes = [0; MESSAGE_BYTES];
+        self.0.read_exact(&mut bytes).unwrap();
+        StoreMessage::decode(&bytes).unwrap()
+    }
+
+    /// Writes what the channel's memory holds; gives the errno.
+    fn write(&mut self) -> i32 {
+        let request = StoreMessage {
+            token: 7,
+            op: StoreOp::Write,
+            flags: 0,
+            errno: 0,
+            offset: 0,
+            length: 4096,
+            buffer: 0,
+        };
+        self.say(&request);
+        let reply = self.hear();
+        assert_eq!(StoreMessage { errno: 0, ..reply }, request);
+        reply.errno as i32
+    }
+}
+
+#[test]
+fn of_two_owners_one_writes() {
+    let Some(ceph) = Ceph::start() else { return };
+    ceph.rbd(&["create", "--size", "16M", "rbd/vol"]);
+    let rounds = if std::env::var_os("VMSEAL_SOAK").is_some() { 1000 } else { 50 };
+    let sockets = [ceph.0.path("a.sock"), ceph.0.path("b.sock")];
+    let listeners = sockets.each_ref().map(|path| packet_listener(path));
+    let (mut won, mut fenced) = ([0, 0], 0);
+    let began = Instant::now();
+    for round in 0..rounds {
+        let both = sockets.each_ref().map(|socket| Starting::new(&ceph, socket, None));
+        let [a, b] = both.map(Starting::decide);
+        let (winner, place) = match (a, b) {
+            (Ok(winner), Err(Some(3))) => (winner, 0),
+            (Err(Some(3)), Ok(winner)) => (winner, 1),
+            (a, b) => {
+                panic!("round {round}: {:?} {:?}", a.map(|a| a.owner.clone()), b.map(|b| b.owner.clone()))
+            }
+        };
+        won[place] += 1;
+        let mut first = Peer::accept(&listeners[place]);
+        assert_eq!(first.write(), 0);
+        if round % 2 == 0 {
+            // The loser's host is told to take over: the winner is alive and does not know.
+            let taker = Helper::start(&ceph, &sockets[1 - place], Some(&winner.owner));
+            let mut second = Peer::accept(&listeners[1 - place]);
+            assert_eq!(second.write(), 0);
+            assert_eq!(first.write(), libc::ESHUTDOWN, "round {round}");
+            assert_eq!(first.write(), libc::ESHUTDOWN, "round {round}: not tried again");
+            assert_eq!(second.write(), 0);
+            // Who expected another owner than there is takes nothing.
+            let late = Starting::new(&ceph, &sockets[place], Some(&winner.owner)).decide();
+            assert_eq!(late.map(|late| late.owner.clone()).err(), Some(Some(3)));
+            fenced += 1;
+            drop(winner);
+            drop(second);
+            taker.end();
+        } else {
+            drop(first);
+            winner.end();
+        }
+    }
+    println!("{rounds} races, won {won:?}, {fenced} owners fenced while alive, {:?}", began.elapsed());
+}
