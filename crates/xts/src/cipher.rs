@@ -1,26 +1,29 @@
 //! A disk's cipher: key set up once, then any number of data units.
 
-use std::{
-    fmt, io, ptr,
-    sync::{Condvar, Mutex, MutexGuard, PoisonError},
-};
+use std::{fmt, io};
 
 #[cfg(all(target_arch = "x86_64", not(feature = "fips")))]
-use crate::schedule::Schedules;
 use crate::{
-    context::{Contexts, Direction},
+    cold::Distance,
+    own::{self, Job},
+    schedule::Schedules,
+};
+use crate::{
+    context::{Contexts, Direction, LibraryFailed},
     kernel::Kernel,
-    memory::Page,
+    memory::Protection,
+    pool::Pool,
     scrub::clear_registers,
 };
 
 /// Bytes of a sector, which the tweak counts whatever the unit is (dm-crypt's `plain64` without `iv_large_sectors`).
 const SECTOR: u64 = 512;
+/// Bytes of the largest unit.
+const MOST_UNIT: usize = 64 << 10;
 
 /// AES-256-XTS of one disk, for any number of threads at a time.
 ///
-/// Contexts and expanded keys lie in secret memory, mapped when the cipher is made; a kernel of ours needs no system
-/// call afterwards. aws-lc's contexts serve one thread at a time: there are as many as worked at once.
+/// Round keys lie in secret memory, which is mapped when the cipher is made and needs no system call afterwards.
 pub struct Cipher {
     engine: Engine,
     kernel: Kernel,
@@ -29,56 +32,8 @@ pub struct Cipher {
 
 enum Engine {
     #[cfg(all(target_arch = "x86_64", not(feature = "fips")))]
-    Own(Box<Schedules>),
+    Own(Schedules, Distance),
     Library(Pool),
-}
-
-/// aws-lc's contexts, lent to one thread at a time.
-struct Pool {
-    state: Mutex<PoolState>,
-    returned: Condvar,
-}
-
-struct PoolState {
-    idle: Vec<Contexts>,
-    /// What further ones are made of: their insides point at themselves, so that they cannot be copied.
-    key: Page,
-}
-
-impl Pool {
-    fn new(key: &[u8; 64]) -> Result<Self, XtsError> {
-        let first = Contexts::new(key)?.map_err(|_| XtsError::Library)?;
-        let page = Page::new()?;
-        // SAFETY: the page is larger than the key, and nobody else has it.
-        unsafe { ptr::copy_nonoverlapping(key.as_ptr(), page.base().as_ptr(), key.len()) };
-        Ok(Self { state: Mutex::new(PoolState { idle: vec![first], key: page }), returned: Condvar::new() })
-    }
-
-    fn state(&self) -> MutexGuard<'_, PoolState> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// Runs `work` with contexts nobody else has meanwhile. Makes some if all are out, and waits for some where none can
-    /// be made: there is always at least one set.
-    fn with<T>(&self, work: impl FnOnce(&Contexts) -> T) -> T {
-        let mut state = self.state();
-        let contexts = loop {
-            if let Some(contexts) = state.idle.pop() {
-                break contexts;
-            }
-            // SAFETY: the page holds the key as long as the pool lives.
-            let key = unsafe { &*state.key.base().as_ptr().cast::<[u8; 64]>() };
-            if let Ok(Ok(contexts)) = Contexts::new(key) {
-                break contexts;
-            }
-            state = self.returned.wait(state).unwrap_or_else(PoisonError::into_inner);
-        };
-        drop(state);
-        let result = work(&contexts);
-        self.state().idle.push(contexts);
-        self.returned.notify_one();
-        result
-    }
 }
 
 impl Cipher {
@@ -94,36 +49,51 @@ impl Cipher {
         Self::with_kernel(key, unit, Kernel::detected())
     }
 
-    /// The same with a kernel of the caller's choice, which must be available, and any unit that is a multiple of 512
-    /// up to 64 KiB: for tests and benchmarks.
+    /// The same with a kernel of the caller's choice. `unit` may be any multiple of 512 up to 64 KiB: the format has two,
+    /// tests and benchmarks have more.
     ///
     /// # Errors
     ///
-    /// As [`Cipher::new`].
-    ///
-    /// # Panics
-    ///
-    /// The kernel is not available.
+    /// As [`Cipher::new`], and [`XtsError::NotHere`].
     pub fn with_kernel(key: &[u8; 64], unit: usize, kernel: Kernel) -> Result<Self, XtsError> {
-        if unit == 0 || unit > 1 << 16 || !unit.is_multiple_of(SECTOR as usize) {
+        if unit == 0 || unit > MOST_UNIT || !unit.is_multiple_of(SECTOR as usize) {
             return Err(XtsError::Unit { bytes: unit });
         }
-        assert!(kernel.is_available(), "{kernel} is not available here");
+        if !kernel.is_available() {
+            return Err(XtsError::NotHere { kernel });
+        }
         let (data, tweak) = key.split_at(32);
         // SAFETY: both halves are 32 bytes. The comparison's time does not depend on them.
         if unsafe { aws_lc_sys::CRYPTO_memcmp(data.as_ptr().cast(), tweak.as_ptr().cast(), 32) } == 0 {
             return Err(XtsError::EqualHalves);
         }
         let engine = match kernel {
+            Kernel::AwsLc => Engine::Library(Pool::new(key)?.map_err(|LibraryFailed| XtsError::Library)?),
             #[cfg(all(target_arch = "x86_64", not(feature = "fips")))]
             Kernel::Vaes512 | Kernel::Vaes256 => {
-                // SAFETY: both kernels are available only with AES-NI.
-                Engine::Own(Box::new(unsafe { Schedules::new(key)? }))
+                // SAFETY: no kernel of our own is available without AES-NI.
+                let schedules = unsafe { Schedules::new(key)? };
+                Engine::Own(schedules, Distance::default())
             }
-            _ => Engine::Library(Pool::new(key)?),
+            #[cfg(not(all(target_arch = "x86_64", not(feature = "fips"))))]
+            kernel => return Err(XtsError::NotHere { kernel }),
         };
         clear_registers();
         Ok(Self { engine, kernel, unit })
+    }
+
+    /// The kernel [`Cipher::new`] takes on this processor.
+    pub fn detected() -> Kernel {
+        Kernel::detected()
+    }
+
+    /// How this cipher's round keys are kept from others.
+    pub fn protection(&self) -> Protection {
+        match &self.engine {
+            #[cfg(all(target_arch = "x86_64", not(feature = "fips")))]
+            Engine::Own(schedules, _) => schedules.protection(),
+            Engine::Library(pool) => pool.protection(),
+        }
     }
 
     /// The code that does the work.
@@ -257,29 +227,24 @@ impl Cipher {
         if !first_sector.is_multiple_of(step) {
             return Err(XtsError::Sector { first: first_sector, sectors });
         }
-        let result = match &self.engine {
+        match &self.engine {
             #[cfg(all(target_arch = "x86_64", not(feature = "fips")))]
-            Engine::Own(schedules) => {
-                let (encrypt, units, chunks) =
-                    (direction == Direction::Encrypt, len / self.unit, self.unit / SECTOR as usize);
-                // SAFETY: the kernel is available; the caller vouches for both ranges.
-                unsafe {
-                    if self.kernel == Kernel::Vaes512 {
-                        crate::vaes512::run(schedules, encrypt, first_sector, src, dst, units, chunks);
-                    } else {
-                        crate::vaes256::run(schedules, encrypt, first_sector, src, dst, units, chunks);
-                    }
-                }
+            Engine::Own(schedules, distance) => {
+                let job = Job::new(first_sector.into(), self.unit, len);
+                let encrypt = direction == Direction::Encrypt;
+                // SAFETY: the kernel was available when the cipher was made; the caller vouches for both ranges.
+                unsafe { own::run(self.kernel, schedules, distance, encrypt, &job, src, dst) };
                 Ok(())
             }
-            Engine::Library(pool) => pool
+            Engine::Library(pool) => {
                 // SAFETY: passed on; nobody else has these contexts meanwhile.
-                .with(|contexts| unsafe {
+                let result = pool.with(|contexts| unsafe {
                     self.unit_by_unit(contexts, direction, first_sector, src, dst, len)
-                }),
-        };
-        clear_registers();
-        result
+                });
+                clear_registers();
+                result
+            }
+        }
     }
 
     /// # Safety
@@ -299,7 +264,7 @@ impl Cipher {
             tweak[..8].copy_from_slice(&sector.to_le_bytes());
             // SAFETY: at + unit ≤ len; the caller vouches for both ranges.
             let done = unsafe { contexts.unit(direction, &tweak, src.add(at), dst.add(at), self.unit) };
-            done.map_err(|_| XtsError::Library)?;
+            done.map_err(|LibraryFailed| XtsError::Library)?;
             // The last step may go past the end of what u64 holds; that number is not used.
             sector = sector.wrapping_add(self.unit as u64 / SECTOR);
         }
@@ -309,7 +274,7 @@ impl Cipher {
 
 impl fmt::Debug for Cipher {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "Cipher(aes-xts-plain64, {}-byte units)", self.unit)
+        write!(f, "Cipher(aes-xts-plain64, {}-byte units, {})", self.unit, self.kernel)
     }
 }
 
@@ -325,6 +290,15 @@ pub enum XtsError {
     Unit {
         /// Bytes asked for.
         bytes: usize,
+    },
+    /// This processor, or this build, cannot run it.
+    #[error(
+        "the cipher kernel {kernel} does not run here; without one being named, {} does",
+        Kernel::detected()
+    )]
+    NotHere {
+        /// The one asked for.
+        kernel: Kernel,
     },
     /// Not a whole number of units.
     #[error("{bytes} bytes are not a whole number of {unit}-byte data units")]

@@ -9,7 +9,7 @@ use aws_lc_sys::{
     EVP_aes_256_xts, OPENSSL_free,
 };
 
-use crate::memory::{PAGE, Page};
+use crate::memory::{PAGE, Page, Protection};
 
 /// Which way.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -104,6 +104,11 @@ impl Contexts {
                 && EVP_CipherUpdate(context, dst, &mut written, src, len) == 1
         };
         if done && written == len { Ok(()) } else { Err(LibraryFailed) }
+    }
+
+    /// How the page they lie in is protected.
+    pub(crate) fn protection(&self) -> Protection {
+        self.page.protection()
     }
 
     fn side(&self, direction: Direction) -> *mut u8 {

@@ -1,6 +1,6 @@
 //! Which code does the work, and which this processor can run.
 
-use std::fmt;
+use std::{fmt, str::FromStr};
 
 /// An implementation of the cipher.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -20,11 +20,9 @@ impl Kernel {
     /// Whether this processor, and this build, can run it.
     pub fn is_available(self) -> bool {
         match self {
-            #[cfg(all(target_arch = "x86_64", not(feature = "fips")))]
-            Self::Vaes512 => crate::vaes512::is_available(),
-            #[cfg(all(target_arch = "x86_64", not(feature = "fips")))]
-            Self::Vaes256 => crate::vaes256::is_available(),
             Self::AwsLc => true,
+            #[cfg(all(target_arch = "x86_64", not(feature = "fips")))]
+            own => crate::own::is_available(own),
             #[cfg(not(all(target_arch = "x86_64", not(feature = "fips"))))]
             _ => false,
         }
@@ -34,6 +32,22 @@ impl Kernel {
     pub fn detected() -> Self {
         Self::ALL.into_iter().find(|kernel| kernel.is_available()).unwrap_or(Self::AwsLc)
     }
+}
+
+impl FromStr for Kernel {
+    type Err = UnknownKernel;
+
+    fn from_str(name: &str) -> Result<Self, Self::Err> {
+        let named = Self::ALL.into_iter().find(|kernel| kernel.to_string() == name);
+        named.ok_or_else(|| UnknownKernel { name: name.into() })
+    }
+}
+
+/// Not the name of a kernel.
+#[derive(Debug, thiserror::Error)]
+#[error("there is no kernel '{name}'; there are vaes-avx512, vaes-avx2 and aws-lc")]
+pub struct UnknownKernel {
+    name: String,
 }
 
 impl fmt::Display for Kernel {

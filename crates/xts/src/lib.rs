@@ -5,16 +5,18 @@
 //! no other process can read.
 
 mod cipher;
+#[cfg(all(target_arch = "x86_64", not(feature = "fips")))]
+mod cold;
 mod context;
 mod kernel;
 mod memory;
 #[cfg(all(target_arch = "x86_64", not(feature = "fips")))]
+mod own;
+mod pool;
+#[cfg(all(target_arch = "x86_64", not(feature = "fips")))]
 mod schedule;
 mod scrub;
-#[cfg(all(target_arch = "x86_64", not(feature = "fips")))]
-mod vaes256;
-#[cfg(all(target_arch = "x86_64", not(feature = "fips")))]
-mod vaes512;
 
 pub use cipher::{Cipher, XtsError};
-pub use kernel::Kernel;
+pub use kernel::{Kernel, UnknownKernel};
+pub use memory::Protection;

@@ -9,12 +9,12 @@ use std::{
     io,
 };
 
-use crate::memory::{PAGE, Page};
+use crate::memory::{PAGE, Page, Protection};
 
 /// Rounds of AES-256, and so round keys less one.
-pub(crate) const ROUNDS: usize = 14;
+const ROUNDS: usize = 14;
 /// Bytes of one round key as it lies here: four times itself.
-pub(crate) const WIDE: usize = 64;
+const WIDE: usize = 64;
 /// Bytes of one schedule.
 const SCHEDULE: usize = (ROUNDS + 1) * WIDE;
 const ENCRYPT: usize = 0;
@@ -63,6 +63,11 @@ impl Schedules {
     /// Round keys of the tweak key.
     pub(crate) fn tweak(&self) -> *const u8 {
         self.at(TWEAK)
+    }
+
+    /// How the page they lie in is protected.
+    pub(crate) fn protection(&self) -> Protection {
+        self.page.protection()
     }
 
     fn at(&self, offset: usize) -> *mut u8 {

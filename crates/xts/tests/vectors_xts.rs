@@ -1,43 +1,110 @@
-//! AES-256-XTS against NIST CAVP, Wycheproof, and sectors that qemu-img and cryptsetup wrote.
+//! AES-256-XTS against NIST CAVP, Wycheproof, and sectors that qemu-img and cryptsetup wrote, by every kernel that this
+//! processor can run.
 //!
-//! The product's cipher takes whole units of 512 or 4096 bytes. Published cases are shorter and not all multiples of
-//! 16, so they run through the function below it, which the product calls for every unit.
+//! The product's cipher takes whole units of 512 or 4096 bytes under a number of 64 bits. Published cases are shorter, not
+//! all multiples of 16, and have tweaks of 128 bits, so they run through the functions below it, which the product calls.
+//! Kernels of ours do half kilobytes: what comes after a shorter case is filled up, and, as blocks of XTS do not depend on
+//! each other, the case's part of the result is compared.
 
+#[allow(dead_code, reason = "the cipher uses all of it")]
+#[cfg(all(target_arch = "x86_64", not(feature = "fips")))]
+#[path = "../src/cold.rs"]
+mod cold;
+#[allow(dead_code, reason = "the cipher uses all of it")]
 #[path = "../src/context.rs"]
 mod context;
+#[allow(dead_code, unreachable_pub, reason = "the crate's interface")]
+#[path = "../src/kernel.rs"]
+mod kernel;
+#[allow(dead_code, unreachable_pub, reason = "the crate's interface")]
 #[path = "../src/memory.rs"]
 mod memory;
+#[cfg(all(target_arch = "x86_64", not(feature = "fips")))]
+#[path = "../src/own.rs"]
+mod own;
+#[allow(dead_code, reason = "the cipher uses all of it")]
+#[cfg(all(target_arch = "x86_64", not(feature = "fips")))]
+#[path = "../src/schedule.rs"]
+mod schedule;
 #[path = "../../keys/tests/vector_files/mod.rs"]
 #[allow(dead_code, reason = "each vector target uses a part")]
 mod vector_files;
 
 use context::{Contexts, Direction};
+use kernel::Kernel;
 use serde_json::Value;
 use vector_files::{Tally, hex};
 use vmseal_xts::{Cipher, XtsError};
 
-fn unit(direction: Direction, key: &[u8; 64], tweak: &[u8; 16], data: &[u8]) -> Vec<u8> {
-    let contexts = Contexts::new(key).unwrap().unwrap();
-    let mut out = vec![0; data.len()];
-    // SAFETY: two buffers of the same length, one thread.
-    unsafe { contexts.unit(direction, tweak, data.as_ptr(), out.as_mut_ptr(), data.len()) }.unwrap();
-    let mut again = data.to_vec();
-    // SAFETY: one buffer, in place, one thread.
-    unsafe { contexts.unit(direction, tweak, again.as_ptr(), again.as_mut_ptr(), again.len()) }.unwrap();
-    assert_eq!(out, again, "in place and by copy");
+fn kernels() -> impl Iterator<Item = Kernel> {
+    Kernel::ALL.into_iter().filter(|kernel| kernel.is_available())
+}
+
+fn unit(kernel: Kernel, direction: Direction, key: &[u8; 64], tweak: &[u8; 16], data: &[u8]) -> Vec<u8> {
+    let (mut out, mut again) = (data.to_vec(), data.to_vec());
+    match kernel {
+        Kernel::AwsLc => {
+            let contexts = Contexts::new(key).unwrap().unwrap();
+            // SAFETY: two buffers of the same length, then one in place; one thread.
+            unsafe {
+                contexts.unit(direction, tweak, data.as_ptr(), out.as_mut_ptr(), data.len()).unwrap();
+                contexts.unit(direction, tweak, again.as_ptr(), again.as_mut_ptr(), data.len()).unwrap();
+            }
+        }
+        #[cfg(all(target_arch = "x86_64", not(feature = "fips")))]
+        own_kernel => {
+            let filled = data.len().next_multiple_of(512);
+            let mut from = data.to_vec();
+            from.resize(filled, 0x5c);
+            out.resize(filled, 0);
+            again.resize(filled, 0x5c);
+            let job = own::Job::new(u128::from_le_bytes(*tweak), filled, filled);
+            let (distance, encrypt) = (cold::Distance::default(), direction == Direction::Encrypt);
+            // SAFETY: the kernel is available; two buffers as long as the job, then one in place.
+            unsafe {
+                let schedules = schedule::Schedules::new(key).unwrap();
+                own::run(own_kernel, &schedules, &distance, encrypt, &job, from.as_ptr(), out.as_mut_ptr());
+                own::run(
+                    own_kernel,
+                    &schedules,
+                    &distance,
+                    encrypt,
+                    &job,
+                    again.as_ptr(),
+                    again.as_mut_ptr(),
+                );
+            }
+            out.truncate(data.len());
+            again.truncate(data.len());
+        }
+        #[cfg(not(all(target_arch = "x86_64", not(feature = "fips"))))]
+        other => unreachable!("{other} is not available"),
+    }
+    assert_eq!(out, again, "{kernel}: in place and by copy");
     out
 }
 
-fn both_ways(key: &[u8; 64], tweak: &[u8; 16], plaintext: &[u8], ciphertext: &[u8]) {
-    assert_eq!(unit(Direction::Encrypt, key, tweak, plaintext), ciphertext);
-    assert_eq!(unit(Direction::Decrypt, key, tweak, ciphertext), plaintext);
+/// Both directions by one kernel; why not, if the case is not for it.
+fn both_ways(
+    kernel: Kernel,
+    key: &[u8; 64],
+    tweak: &[u8; 16],
+    plaintext: &[u8],
+    ciphertext: &[u8],
+) -> Result<&'static str, &'static str> {
+    let whole_blocks = plaintext.len().is_multiple_of(16);
+    if !whole_blocks && kernel != Kernel::AwsLc {
+        return Err("not whole blocks: ciphertext stealing, which whole units do not need");
+    }
+    assert_eq!(unit(kernel, Direction::Encrypt, key, tweak, plaintext), ciphertext, "{kernel}");
+    assert_eq!(unit(kernel, Direction::Decrypt, key, tweak, ciphertext), plaintext, "{kernel}");
+    Ok(if whole_blocks { "encrypted and decrypted" } else { "encrypted and decrypted, ciphertext stealing" })
 }
 
-fn outcome(bytes: usize) -> &'static str {
-    if bytes.is_multiple_of(16) {
-        "encrypted and decrypted"
-    } else {
-        "encrypted and decrypted, ciphertext stealing"
+fn count(tally: &mut Tally, outcome: Result<&'static str, &'static str>) {
+    match outcome {
+        Ok(outcome) => tally.ran(outcome),
+        Err(reason) => tally.skip(reason),
     }
 }
 
@@ -45,8 +112,12 @@ fn cavp(name: &str) {
     let Some(text) = vector_files::read(&format!("cavp/{name}")) else {
         return vector_files::not_there(name);
     };
-    let mut tally = Tally::new(&format!("CAVP {name}"));
-    for case in vector_files::cases(&text) {
+    kernels().for_each(|kernel| cavp_by(kernel, name, &text));
+}
+
+fn cavp_by(kernel: Kernel, name: &str, text: &str) {
+    let mut tally = Tally::new(&format!("CAVP {name}, {kernel}"));
+    for case in vector_files::cases(text) {
         let bits = case.number("DataUnitLen");
         if !bits.is_multiple_of(8) {
             tally.skip("length is not a whole number of bytes");
@@ -59,8 +130,7 @@ fn cavp(name: &str) {
         };
         let (plaintext, ciphertext) = (case.bytes("PT"), case.bytes("CT"));
         assert_eq!(plaintext.len() * 8, bits);
-        both_ways(&key, &tweak, &plaintext, &ciphertext);
-        tally.ran(outcome(bits / 8));
+        count(&mut tally, both_ways(kernel, &key, &tweak, &plaintext, &ciphertext));
     }
     tally.finish();
 }
@@ -77,7 +147,11 @@ fn cavp_cases_with_a_data_unit_number_hold() {
 
 fn wycheproof(name: &str, json: &str) {
     let set: Value = serde_json::from_str(json).unwrap();
-    let mut tally = Tally::new(name);
+    kernels().for_each(|kernel| wycheproof_by(kernel, name, &set));
+}
+
+fn wycheproof_by(kernel: Kernel, name: &str, set: &Value) {
+    let mut tally = Tally::new(&format!("{name}, {kernel}"));
     for test in set["testGroups"].as_array().unwrap().iter().flat_map(|g| g["tests"].as_array().unwrap()) {
         let field = |key: &str| hex(test[key].as_str().unwrap());
         let key = field("key");
@@ -91,8 +165,7 @@ fn wycheproof(name: &str, json: &str) {
         let iv = field("iv");
         tweak[..iv.len()].copy_from_slice(&iv);
         let plaintext = field("msg");
-        both_ways(&key, &tweak, &plaintext, &field("ct"));
-        tally.ran(outcome(plaintext.len()));
+        count(&mut tally, both_ways(kernel, &key, &tweak, &plaintext, &field("ct")));
     }
     tally.finish();
 }
@@ -111,8 +184,17 @@ fn sectors_written_by_qemu_img_and_cryptsetup_hold() {
     let Some(json) = vector_files::read("luks/xts-plain64.json") else {
         return vector_files::not_there("xts-plain64 sectors");
     };
-    let mut tally = Tally::new("xts-plain64 sectors, through the product's cipher");
-    for case in serde_json::from_str::<Value>(&json).unwrap().as_array().unwrap() {
+    let cases: Value = serde_json::from_str(&json).unwrap();
+    vmseal_xts::Kernel::ALL
+        .into_iter()
+        .filter(|kernel| kernel.is_available())
+        .for_each(|kernel| sectors_by(kernel, &cases));
+}
+
+/// The product's cipher with a kernel of the product's.
+fn sectors_by(kernel: vmseal_xts::Kernel, cases: &Value) {
+    let mut tally = Tally::new(&format!("xts-plain64 sectors, through the product's cipher, {kernel}"));
+    for case in cases.as_array().unwrap() {
         let field = |key: &str| hex(case[key].as_str().unwrap());
         let (key, unit) = (field("key"), case["sector_size"].as_u64().unwrap() as usize);
         let Ok(key) = <[u8; 64]>::try_from(key.as_slice()) else {
@@ -121,13 +203,15 @@ fn sectors_written_by_qemu_img_and_cryptsetup_hold() {
         };
         let sector = case["lba512"].as_u64().unwrap();
         assert_eq!(field("iv_le")[..8], sector.to_le_bytes());
-        let cipher = Cipher::new(&key, unit).unwrap();
+        let cipher = Cipher::with_kernel(&key, unit, kernel).unwrap();
         let mut data = field("plaintext");
         if !sector.is_multiple_of(unit as u64 / 512) {
             // dm-crypt has no such volume, and the product refuses the number; the arithmetic holds all the same.
             assert!(matches!(cipher.encrypt(sector, &mut data), Err(XtsError::Sector { .. })));
             let tweak = u128::from(sector).to_le_bytes();
-            both_ways(&key, &tweak, &data, &field("ciphertext"));
+            for below in kernels().filter(|below| below.to_string() == kernel.to_string()) {
+                both_ways(below, &key, &tweak, &data, &field("ciphertext")).unwrap();
+            }
             tally.ran("unit in the middle of another: refused by the cipher, right below it");
             continue;
         }
@@ -146,7 +230,10 @@ fn ieee_1619_vector_10_holds() {
     let mut key = [0; 64];
     key[..32].copy_from_slice(&hex("2718281828459045235360287471352662497757247093699959574966967627"));
     key[32..].copy_from_slice(&hex("3141592653589793238462643383279502884197169399375105820974944592"));
-    let mut data: Vec<u8> = (0..512).map(|i| i as u8).collect();
-    Cipher::new(&key, 512).unwrap().encrypt(0xff, &mut data).unwrap();
-    assert_eq!(data[..32], hex("1c3b3a102f770386e4836c99e370cf9bea00803f5e482357a4ae12d414a3e63b"));
+    for kernel in vmseal_xts::Kernel::ALL.into_iter().filter(|kernel| kernel.is_available()) {
+        let mut data: Vec<u8> = (0..512).map(|i| i as u8).collect();
+        Cipher::with_kernel(&key, 512, kernel).unwrap().encrypt(0xff, &mut data).unwrap();
+        let expected = hex("1c3b3a102f770386e4836c99e370cf9bea00803f5e482357a4ae12d414a3e63b");
+        assert_eq!(data[..32], expected, "{kernel}");
+    }
 }
