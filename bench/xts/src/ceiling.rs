@@ -1,40 +1,66 @@
-//! The most bytes a core can take through the 14 rounds of AES-256: eight independent 512-bit registers, no loads, no
-//! tweaks, no stores.
+//! What the processor's AES units can do at most: fourteen rounds on eight independent registers, again and again,
+//! without loads, tweaks or stores.
 
-use std::arch::{asm, x86_64::_mm512_setzero_si512};
+use vmseal_xts::Kernel;
 
-/// Bytes of one pass through the eight registers.
-pub(crate) const BYTES: usize = 512;
+/// The register width a kernel uses.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Ceiling {
+    Zmm,
+    Ymm,
+}
 
-/// So many passes.
-///
-/// # Safety
-///
-/// The processor has VAES and AVX-512.
-#[target_feature(enable = "avx512f,vaes")]
-pub(crate) unsafe fn run(passes: usize) {
-    let zero = _mm512_setzero_si512();
-    // SAFETY: touches registers only.
-    unsafe {
-        asm!(
-            "2:",
-            ".rept 14",
-            "vaesenc zmm0, zmm0, zmm8",
-            "vaesenc zmm1, zmm1, zmm8",
-            "vaesenc zmm2, zmm2, zmm8",
-            "vaesenc zmm3, zmm3, zmm8",
-            "vaesenc zmm4, zmm4, zmm8",
-            "vaesenc zmm5, zmm5, zmm8",
-            "vaesenc zmm6, zmm6, zmm8",
-            "vaesenc zmm7, zmm7, zmm8",
-            ".endr",
-            "dec {passes}",
-            "jnz 2b",
-            passes = inout(reg) passes.max(1) => _,
-            inout("zmm0") zero => _, inout("zmm1") zero => _, inout("zmm2") zero => _, inout("zmm3") zero => _,
-            inout("zmm4") zero => _, inout("zmm5") zero => _, inout("zmm6") zero => _, inout("zmm7") zero => _,
-            in("zmm8") zero,
-            options(nomem, nostack),
-        );
+impl Ceiling {
+    /// That of a kernel of ours, which this processor can run; aws-lc picks its own.
+    pub(crate) fn of(kernel: Kernel) -> Option<Self> {
+        match kernel {
+            Kernel::Vaes512 => Some(Self::Zmm),
+            Kernel::Vaes256 => Some(Self::Ymm),
+            Kernel::AwsLc => None,
+        }
+    }
+
+    /// As many rounds as that many bytes take.
+    #[cfg(target_arch = "x86_64")]
+    pub(crate) fn run(self, bytes: usize) {
+        use std::arch::asm;
+
+        macro_rules! rounds {
+            ($register:literal, $count:expr) => {
+                asm!(
+                    "2:",
+                    ".rept 14",
+                    concat!("vaesenc ", $register, "mm0, ", $register, "mm0, ", $register, "mm8"),
+                    concat!("vaesenc ", $register, "mm1, ", $register, "mm1, ", $register, "mm8"),
+                    concat!("vaesenc ", $register, "mm2, ", $register, "mm2, ", $register, "mm8"),
+                    concat!("vaesenc ", $register, "mm3, ", $register, "mm3, ", $register, "mm8"),
+                    concat!("vaesenc ", $register, "mm4, ", $register, "mm4, ", $register, "mm8"),
+                    concat!("vaesenc ", $register, "mm5, ", $register, "mm5, ", $register, "mm8"),
+                    concat!("vaesenc ", $register, "mm6, ", $register, "mm6, ", $register, "mm8"),
+                    concat!("vaesenc ", $register, "mm7, ", $register, "mm7, ", $register, "mm8"),
+                    ".endr",
+                    "dec {count}",
+                    "jnz 2b",
+                    "vzeroall",
+                    count = inout(reg) $count => _,
+                    out("xmm0") _, out("xmm1") _, out("xmm2") _, out("xmm3") _, out("xmm4") _, out("xmm5") _,
+                    out("xmm6") _, out("xmm7") _, out("xmm8") _, out("xmm9") _, out("xmm10") _, out("xmm11") _,
+                    out("xmm12") _, out("xmm13") _, out("xmm14") _, out("xmm15") _,
+                    options(nomem, nostack),
+                )
+            };
+        }
+        // SAFETY: the kernel of this width is available, so its instructions are; counts are above 0.
+        unsafe {
+            match self {
+                Self::Zmm => rounds!("z", bytes.div_ceil(8 * 64)),
+                Self::Ymm => rounds!("y", bytes.div_ceil(8 * 32)),
+            }
+        }
+    }
+
+    #[cfg(not(target_arch = "x86_64"))]
+    pub(crate) fn run(self, _: usize) {
+        unreachable!("no kernel of ours runs here, so there is no ceiling");
     }
 }
