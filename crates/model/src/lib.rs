@@ -13,4 +13,3 @@ pub mod refusal;
 pub mod state;
 pub mod store_helper;
 pub mod task;
-pub mod ublk;
