@@ -71,7 +71,7 @@ impl Cipher {
             Kernel::AwsLc => Engine::Library(Pool::new(key)?.map_err(|LibraryFailed| XtsError::Library)?),
             #[cfg(all(target_arch = "x86_64", not(feature = "fips")))]
             Kernel::Vaes512 | Kernel::Vaes256 => {
-                // SAFETY: no kernel of our own is available without AES-NI.
+                // SAFETY: no kernel of our own is available without AES-NI and AVX.
                 let schedules = unsafe { Schedules::new(key)? };
                 Engine::Own(schedules, Distance::default())
             }
