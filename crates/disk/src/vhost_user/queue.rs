@@ -133,7 +133,9 @@ impl Queue {
         running.publish();
         running.queue.lane.unwatch(KICK);
         running.queue.lane.unwatch(STOP);
-        (running.queue.ring.next_available(), result.and(ended))
+        // What stands where memory was taken away looks like other mistakes.
+        let lost = if running.is_memory_lost() { Err(QueueError::MemoryLost) } else { Ok(()) };
+        (running.queue.ring.next_available(), lost.and(result).and(ended))
     }
 }
 
