@@ -32,6 +32,8 @@ const LIVED_WELL: Duration = Duration::from_secs(10);
 const FIRST_WAIT: Duration = Duration::from_millis(50);
 /// The longest wait.
 const LONGEST_WAIT: Duration = Duration::from_secs(2);
+/// How long a dead worker's requests may last before a line is worth it.
+const PATIENCE_MS: libc::c_int = 1000;
 /// How long a new worker may take to pick up its setup.
 const HAND_OVER: Duration = Duration::from_secs(10);
 
@@ -78,8 +80,10 @@ fn keep(frame: &RawFrame, owner: u32, signals: &libc::sigset_t) -> i32 {
     loop {
         let started = Instant::now();
         match start_worker(frame, owner) {
-            Ok(mut worker) => {
+            Ok((mut worker, witness)) => {
                 let (status, told_to_end) = wait_for(&mut worker, signals);
+                // Also before this keeper ends: its descriptors are the lock on the volumes.
+                wait_for_requests(&witness, worker.id());
                 match status {
                     _ if told_to_end => return EXIT_DONE,
                     Ok(status) if status.code() == Some(EXIT_DONE) => return EXIT_DONE,
@@ -111,7 +115,9 @@ fn cause(status: ExitStatus) -> String {
 }
 
 /// Starts a worker from this very program (also if its file was replaced meanwhile) and hands it the setup.
-fn start_worker(frame: &RawFrame, owner: u32) -> io::Result<Child> {
+///
+/// The other end of the socket stays open in the worker, and in the kernel while requests of it are under way.
+fn start_worker(frame: &RawFrame, owner: u32) -> io::Result<(Child, UnixStream)> {
     let (ours, theirs) = UnixStream::pair()?;
     // SAFETY: getpid has no arguments.
     let keeper = unsafe { libc::getpid() };
@@ -143,7 +149,27 @@ fn start_worker(frame: &RawFrame, owner: u32) -> io::Result<Child> {
         log::line(format_args!("worker {} did not take its setup: {error}", worker.id()));
         let _ = worker.kill();
     }
-    Ok(worker)
+    Ok((worker, ours))
+}
+
+/// Waits until nothing that a dead worker gave to the kernel is under way. A request of it that came late could overwrite
+/// what the next worker was told meanwhile, so there is no limit: while storage hangs, the guest waits anyway.
+fn wait_for_requests(witness: &UnixStream, worker: u32) {
+    let mut poll = libc::pollfd { fd: witness.as_raw_fd(), events: libc::POLLRDHUP, revents: 0 };
+    let mut patience = PATIENCE_MS;
+    loop {
+        // SAFETY: one pollfd, valid for the call.
+        match unsafe { libc::poll(&mut poll, 1, patience) } {
+            0 => {
+                log::line(format_args!(
+                    "worker {worker} has ended, and storage still works on what it asked for: waiting"
+                ));
+                patience = -1;
+            }
+            ready if ready > 0 => return,
+            _ => {}
+        }
+    }
 }
 
 fn check(result: libc::c_int) -> io::Result<()> {

@@ -15,7 +15,7 @@ use crate::{
     EXIT_DONE, EXIT_FAILED, EXIT_SETUP,
     control::{self, Worker},
     descriptors::{block_signals, is_unix_listener},
-    engine, frame, log,
+    engine, frame, lane, log,
     setup::{self, Prepared},
 };
 
@@ -42,7 +42,8 @@ pub fn run(socket: UnixStream, keeper: i32, owner: u32) -> i32 {
         Ok(None) => return failed(format_args!("worker got no setup"), EXIT_FAILED),
         Err(error) => return failed(format_args!("worker got no setup: {error}"), EXIT_FAILED),
     };
-    drop(socket);
+    // Its other end tells the keeper when the last request of this process is over.
+    lane::ring::keep_while_requests_last(socket.into());
     // Kept apart for the case that the setup is bad: then it is the way to say so.
     let control = fds.get(1).filter(|fd| is_unix_listener(*fd)).and_then(|fd| fd.try_clone().ok());
     let prepared = serde_json::from_slice::<Setup>(&setup)

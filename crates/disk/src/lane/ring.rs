@@ -10,11 +10,16 @@
 use std::{
     collections::VecDeque,
     io,
-    os::fd::{AsFd, AsRawFd, BorrowedFd},
-    sync::Arc,
+    os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd},
+    sync::{Arc, OnceLock},
 };
 
-use io_uring::{IoUring, cqueue, opcode, register::Restriction, squeue, types::Fixed};
+use io_uring::{
+    IoUring, cqueue, opcode,
+    register::Restriction,
+    squeue,
+    types::{Fixed, SubmitArgs, Timespec},
+};
 use slab::Slab;
 
 use super::{
@@ -49,18 +54,33 @@ const SMALLS: usize = 32;
 /// Bytes and number of large ones, which take no room until used and give it back when there is nothing to do.
 const LARGE: usize = 256 << 10;
 const LARGES: usize = 8;
+/// How long a lane without work keeps large bounce memory: giving it back and taking it again costs as much as a request.
+const IDLE_SECONDS: u64 = 1;
 /// Most watched descriptors.
 const MAX_WATCHED: usize = 6;
 
 /// Places in the ring's table of descriptors.
 const STORE: Fixed = Fixed(0);
 const BELL: Fixed = Fixed(1);
-const FIRST_WATCHED: u32 = 2;
+const WITNESS: Fixed = Fixed(2);
+const FIRST_WATCHED: u32 = 3;
 
 /// Marks of user data: the rest is a piece's place, or the watch's.
 const POLL: u64 = 1 << 63;
 const REMOVAL: u64 = 1 << 62;
 const BELL_DATA: u64 = POLL | 0xffff_ffff;
+
+/// A descriptor in every ring's table, so that it is open as long as a request of this process is under way.
+///
+/// A process that was killed is gone before its requests are: what it had given to the kernel is still written. Nobody
+/// may write to the same places before that is over, and whoever has the other end of this socket sees when.
+static WORKER_LIVES: OnceLock<OwnedFd> = OnceLock::new();
+
+/// Keeps this descriptor open until the last request of this process is over, even after its end.
+pub fn keep_while_requests_last(witness: OwnedFd) {
+    // Once a process; a second one would be closed at its end, which is early and not wrong for rings there were before.
+    let _ = WORKER_LIVES.set(witness);
+}
 
 /// Whether io_uring is not to be had here at all: not compiled in, or switched off by sysctl or policy.
 pub(super) fn is_switched_off(error: &io::Error) -> bool {
@@ -172,6 +192,9 @@ impl Ring {
         let mut files = [-1; FIRST_WATCHED as usize + MAX_WATCHED];
         files[STORE.0 as usize] = store;
         files[BELL.0 as usize] = bell.as_fd().as_raw_fd();
+        if let Some(witness) = WORKER_LIVES.get() {
+            files[WITNESS.0 as usize] = witness.as_fd().as_raw_fd();
+        }
         let small = Bounce::new(SMALL, SMALLS)?;
         let large = Bounce::new(LARGE, LARGES)?;
         let submitter = uring.submitter();
@@ -273,10 +296,6 @@ impl Ring {
         self.arm_watches();
         self.hand_out(outbox);
         let wait = wait && outbox.is_empty();
-        if wait && self.active.is_empty() && self.large_used && self.large.all_free() {
-            self.large.memory.release();
-            self.large_used = false;
-        }
         self.enter(wait)?;
         self.reap(outbox);
         Ok(())
@@ -577,11 +596,22 @@ impl Ring {
                 self.backlog.pop_front();
             }
             let waits = wait && self.backlog.is_empty();
-            match self.uring.submit_and_wait(usize::from(waits)) {
+            let holds = waits && self.active.is_empty() && self.large_used && self.large.all_free();
+            let entered = if holds && self.uring.params().is_feature_ext_arg() {
+                let limit = Timespec::new().sec(IDLE_SECONDS);
+                self.uring.submitter().submit_with_args(1, &SubmitArgs::new().timespec(&limit))
+            } else {
+                self.uring.submit_and_wait(usize::from(waits))
+            };
+            match entered {
                 Ok(_) if self.backlog.is_empty() => return Ok(()),
                 Ok(_) => {}
                 Err(error) => match error.raw_os_error() {
                     Some(libc::EINTR) => {}
+                    Some(libc::ETIME) => {
+                        self.large.memory.release();
+                        self.large_used = false;
+                    }
                     // The kernel is short of something for the moment, or wants completions taken first.
                     Some(libc::EAGAIN | libc::EBUSY) => return Ok(()),
                     _ => return Err(error),
