@@ -5,15 +5,19 @@
 //! Nothing is held back: a write that is done is in the kernel, and a flush that is done is on the medium.
 //!
 //! Three engines. [`ring`] keeps many requests under way on an io_uring that may do nothing but this (see
-//! [`ring::OPCODES`]). [`remote`] does so at the helper of a network store. [`blocking`] does each at once: for stores in memory, where there is nothing to wait for, and
-//! for hosts that switched io_uring off.
+//! [`uring::OPCODES`]). [`remote`] does so at the helper of a network store; [`requests`] is what the two have in common.
+//! [`blocking`] does each at once: for stores in memory, where there is nothing to wait for, and for hosts that switched
+//! io_uring off.
 
 mod blocking;
+mod bounce;
 mod pieces;
 mod remote;
-pub mod ring;
+mod requests;
+mod ring;
 #[cfg(test)]
 mod tests;
+pub mod uring;
 
 use std::{
     collections::VecDeque,
@@ -169,10 +173,11 @@ impl Lane {
         } else {
             match Ring::new(volume.clone()) {
                 Ok(ring) => Engine::Ring(Box::new(ring)),
-                Err(error) if ring::is_switched_off(&error) => {
+                Err(error) if uring::is_not_to_be_had(&error) => {
                     if !SAID_BLOCKING.swap(true, Ordering::Relaxed) {
                         log::line(format_args!(
-                            "io_uring cannot be used ({error}): disks are served one request at a time per queue"
+                            "io_uring cannot be used ({error}): disks are served one request at a time per queue; see \
+                             kernel.io_uring_disabled, and LimitMEMLOCK of vmseal-agent"
                         ));
                     }
                     Engine::Blocking(Box::new(Blocking::new(volume)?))

@@ -43,7 +43,7 @@ pub fn run(socket: UnixStream, keeper: i32, owner: u32) -> i32 {
         Err(error) => return failed(format_args!("worker got no setup: {error}"), EXIT_FAILED),
     };
     // Its other end tells the keeper when the last request of this process is over.
-    lane::ring::keep_while_requests_last(socket.into());
+    lane::uring::keep_while_requests_last(socket.into());
     // Kept apart for the case that the setup is bad: then it is the way to say so.
     let control = fds.get(1).filter(|fd| is_unix_listener(*fd)).and_then(|fd| fd.try_clone().ok());
     let prepared = serde_json::from_slice::<Setup>(&setup)

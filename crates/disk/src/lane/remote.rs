@@ -16,10 +16,13 @@ use vmseal_model::store_helper::{
     CHANNEL_BYTES, MAX_BATCH, MAX_DISCARD, MAX_UNDER_WAY, MESSAGE_BYTES, StoreMessage, StoreOp,
 };
 
-use super::{Done, Operation, Outbox, Request, pieces, pieces::Place};
+use super::{
+    Operation, Outbox, Request, pieces,
+    requests::{Flush, Given, Requests},
+};
 use crate::{
     aligned::Aligned,
-    flush_gate::{Begun, Bell},
+    flush_gate::Bell,
     remote::{self, Link, Memory, Opened},
     volume::{Volume, VolumeError},
 };
@@ -48,23 +51,10 @@ pub(super) struct Remote {
     free: Vec<u16>,
     /// Where data is encrypted and decrypted.
     bounce: Aligned,
-    active: Slab<Active>,
+    requests: Requests,
     pieces: Slab<Piece>,
-    /// Requests of which pieces are still to be made.
-    turns: VecDeque<usize>,
     outgoing: VecDeque<StoreMessage>,
-    flush_wanted: Vec<usize>,
-    flush_running: Vec<usize>,
     watched: Vec<(u32, i32)>,
-}
-
-/// A request under way.
-struct Active {
-    request: Request,
-    place: Place,
-    given: u64,
-    under_way: usize,
-    error: Option<VolumeError>,
 }
 
 /// A part of a request, as the helper is asked for it.
@@ -88,6 +78,8 @@ impl Remote {
         let epoll = unsafe { OwnedFd::from_raw_fd(epoll) };
         let bell = Arc::new(Bell::new()?);
         add(&epoll, bell.as_fd(), BELL, libc::EPOLLIN)?;
+        // A write is durable when the helper answers.
+        let requests = Requests::new(volume.clone(), bell.clone(), true);
         let mut remote = Self {
             volume,
             link,
@@ -98,12 +90,9 @@ impl Remote {
             memory_used: false,
             free: (0..SLOTS as u16).rev().collect(),
             bounce: Aligned::new(SLOT)?,
-            active: Slab::new(),
+            requests,
             pieces: Slab::new(),
-            turns: VecDeque::new(),
             outgoing: VecDeque::new(),
-            flush_wanted: Vec::new(),
-            flush_running: Vec::new(),
             watched: Vec::new(),
         };
         remote.connect()?;
@@ -111,39 +100,18 @@ impl Remote {
     }
 
     pub(super) fn in_flight(&self) -> usize {
-        self.active.len()
+        self.requests.len()
     }
 
     pub(super) fn has_room(&self) -> bool {
-        self.active.len() < MAX_REQUESTS
+        self.requests.len() < MAX_REQUESTS
     }
 
     /// # Safety
     ///
     /// As [`super::Lane::submit`].
     pub(super) unsafe fn submit(&mut self, request: Request, outbox: &mut Outbox) {
-        let token = request.token;
-        let flush = request.operation == Operation::Flush;
-        let checked = request.check(&self.volume);
-        let nothing = !flush
-            && (request.length == 0
-                || request.operation == Operation::Discard && !self.volume.layout().discard);
-        if checked.is_err() || nothing {
-            outbox.done.push_back(Done { token, result: checked });
-            return;
-        }
-        let at = self.active.insert(Active {
-            request,
-            place: Place::default(),
-            given: 0,
-            under_way: 0,
-            error: None,
-        });
-        if flush {
-            self.flush_wanted.push(at);
-        } else {
-            self.turns.push_back(at);
-        }
+        self.requests.submit(request, outbox);
     }
 
     pub(super) fn watch(&mut self, fd: BorrowedFd<'_>, key: u32) -> io::Result<()> {
@@ -166,7 +134,7 @@ impl Remote {
     pub(super) fn turn(&mut self, wait: bool, outbox: &mut Outbox) -> io::Result<()> {
         self.advance(outbox)?;
         let wait = wait && outbox.is_empty();
-        if wait && self.active.is_empty() && self.memory_used {
+        if wait && self.requests.is_empty() && self.memory_used {
             self.memory.iter().for_each(Memory::release);
             self.memory_used = false;
         }
@@ -201,7 +169,7 @@ impl Remote {
     pub(super) fn drain(&mut self, outbox: &mut Outbox) {
         // What is ready meanwhile is still said afterwards.
         let mut apart = Outbox::default();
-        while !self.active.is_empty() {
+        while !self.requests.is_empty() {
             if let Err(error) = self.turn(true, &mut apart) {
                 crate::log::line(format_args!("cannot wait for requests under way: {error}"));
                 crate::end_process(crate::EXIT_FAILED);
@@ -253,43 +221,25 @@ impl Remote {
     fn hand_out(&mut self, outbox: &mut Outbox) {
         // One place is left for a flush.
         while self.pieces.len() < MAX_UNDER_WAY - 1
-            && let Some(&at) = self.turns.front()
+            && let Some(at) = self.requests.front()
         {
-            match self.next_piece(at) {
-                Given::More => self.turns.rotate_left(1),
-                Given::All => {
-                    self.turns.pop_front();
-                    self.settle(at, outbox);
-                }
-                Given::NoRoom => break,
+            let given = self.next_piece(at, outbox);
+            if !self.requests.turn_over(at, &given, outbox) {
+                break;
             }
         }
-        if self.flush_wanted.is_empty() || !self.flush_running.is_empty() {
-            return;
-        }
-        match self.volume.flushes.begin(&self.bell) {
-            Begun::Now => {
-                self.flush_running.append(&mut self.flush_wanted);
-                self.ask(usize::MAX, StoreOp::Flush, 0, 0, None, Vec::new());
-            }
-            Begun::Later => {}
-            Begun::Failed => {
-                for at in std::mem::take(&mut self.flush_wanted) {
-                    self.finish(at, Err(VolumeError::FlushFailed), outbox);
-                }
-            }
+        match self.requests.begin_flush(outbox) {
+            // The bell is always listened to.
+            Flush::No | Flush::Later => {}
+            Flush::Now => self.ask(usize::MAX, StoreOp::Flush, 0, 0, None, Vec::new()),
         }
     }
 
     /// Makes the next piece of a request.
-    fn next_piece(&mut self, at: usize) -> Given {
-        let Some(active) = self.active.get_mut(at) else { return Given::All };
-        let (operation, total) = (active.request.operation, active.request.length);
-        if active.error.is_some() || active.given == total {
-            active.given = total;
-            return Given::All;
-        }
-        let (offset, left) = (active.request.offset + active.given, total - active.given);
+    fn next_piece(&mut self, at: usize, outbox: &mut Outbox) -> Given {
+        let Some(active) = self.requests.unfinished(at) else { return Given::All };
+        let operation = active.request.operation;
+        let (offset, left) = (active.request.offset + active.given, active.request.length - active.given);
         let (op, length) = match operation {
             Operation::Flush => return Given::All,
             Operation::Discard => (StoreOp::Discard, left.min(MAX_DISCARD)),
@@ -306,19 +256,13 @@ impl Remote {
         if matches!(operation, Operation::Read | Operation::Write { .. }) {
             pieces::take(&active.request.segments, &mut active.place, length as usize, &mut memory);
         }
-        active.given += length;
-        active.under_way += 1;
-        let given = if active.given == total { Given::All } else { Given::More };
+        let given = self.requests.give(at, length);
         if let (StoreOp::Write, Some(slot)) = (op, slot)
             && let Err(error) = self.encrypt(slot, offset, length as usize, &memory)
         {
             self.free.push(slot);
-            if let Some(active) = self.active.get_mut(at) {
-                active.under_way -= 1;
-                active.error.get_or_insert(error);
-                active.given = total;
-            }
-            return Given::All;
+            self.requests.piece_over(at, Err(error), outbox);
+            return given;
         }
         self.ask(at, op, offset, length, slot, memory);
         given
@@ -411,11 +355,7 @@ impl Remote {
             self.link.lose();
         }
         if piece.message.op == StoreOp::Flush {
-            let durable = self.volume.flushes.end(result);
-            for at in std::mem::take(&mut self.flush_running) {
-                let result = if durable { Ok(()) } else { Err(VolumeError::FlushFailed) };
-                self.finish(at, result, outbox);
-            }
+            self.requests.flushed(result, outbox);
             return;
         }
         let result = match result {
@@ -430,13 +370,7 @@ impl Remote {
             other => other.map_err(VolumeError::from),
         };
         self.free.extend(piece.slot);
-        if let Some(active) = self.active.get_mut(piece.active) {
-            active.under_way -= 1;
-            if let Err(error) = result {
-                active.error.get_or_insert(error);
-            }
-        }
-        self.settle(piece.active, outbox);
+        self.requests.piece_over(piece.active, result, outbox);
     }
 
     /// Turns what was read into plaintext in the client's memory.
@@ -454,50 +388,16 @@ impl Remote {
         Ok(())
     }
 
-    /// Ends a request whose pieces are all over.
-    fn settle(&mut self, at: usize, outbox: &mut Outbox) {
-        let Some(active) = self.active.get_mut(at) else { return };
-        // One that failed and was not cut up to its end is still in the queue of turns, which ends it.
-        if active.under_way == 0 && active.given == active.request.length {
-            // A write was durable when the helper answered, so FUA asks for nothing more.
-            let result = active.error.take().map_or(Ok(()), Err);
-            self.finish(at, result, outbox);
-        }
-    }
-
-    fn finish(&mut self, at: usize, result: Result<(), VolumeError>, outbox: &mut Outbox) {
-        if let Some(active) = self.active.try_remove(at) {
-            outbox.done.push_back(Done { token: active.request.token, result });
-        }
-    }
-
     /// Fails everything, for the store is somebody else's now.
     fn fail_all(&mut self, outbox: &mut Outbox) {
         let gone = || io::Error::from_raw_os_error(libc::ESHUTDOWN);
-        if !self.flush_running.is_empty() {
-            self.volume.flushes.end(Err(gone()));
-        }
         // A helper that still answers finds nobody who waits, and writes into memory of the channel only.
         self.socket = None;
-        self.turns.clear();
         self.outgoing.clear();
         self.pieces.clear();
-        self.flush_wanted.clear();
-        self.flush_running.clear();
         self.free = (0..SLOTS as u16).rev().collect();
-        for active in self.active.drain() {
-            outbox.done.push_back(Done { token: active.request.token, result: Err(gone().into()) });
-        }
+        self.requests.fail_all(gone, outbox);
     }
-}
-
-enum Given {
-    /// A piece, and there are more.
-    More,
-    /// The last one.
-    All,
-    /// None, for want of a slot.
-    NoRoom,
 }
 
 /// Watches a descriptor: an event each time it becomes ready. Edges, so nothing has to be switched off again.

@@ -300,6 +300,6 @@ fn ring_opens_nothing_and_takes_no_descriptor_of_its_own_accord() {
     let mut byte = [0u8; 1];
     let free = opcode::Read::new(types::Fd(0), byte.as_mut_ptr(), 1).build();
     for entry in [open, socket, free] {
-        assert_eq!(ring.tried(entry), -libc::EACCES);
+        assert_eq!(ring.uring().tried(entry), -libc::EACCES);
     }
 }
