@@ -4,7 +4,7 @@
 use std::{
     io, mem,
     os::{
-        fd::{AsFd, AsRawFd, FromRawFd},
+        fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd},
         unix::net::UnixStream,
     },
 };
@@ -65,6 +65,62 @@ fn is_listener(socket: &impl AsFd, kind: libc::c_int) -> bool {
         ),
         (Ok(libc::AF_UNIX), Ok(found), Ok(1)) if found == kind
     )
+}
+
+/// What one `recvmsg` gave.
+pub(crate) struct Received {
+    /// Bytes.
+    pub(crate) bytes: usize,
+    /// Descriptors that came with them; closed on exec.
+    pub(crate) fds: Vec<OwnedFd>,
+    /// Whether there were more of these than `ancillary` has room for. They are closed already.
+    pub(crate) truncated: bool,
+}
+
+/// Receives once, and the descriptors that come with it (SCM_RIGHTS), as many as `ancillary` has room for. It is in words
+/// so that it is aligned as `cmsghdr` must be.
+pub(crate) fn receive_with_fds(
+    socket: BorrowedFd<'_>,
+    bytes: &mut [u8],
+    ancillary: &mut [u64],
+) -> io::Result<Received> {
+    let mut part = libc::iovec { iov_base: bytes.as_mut_ptr().cast(), iov_len: bytes.len() };
+    // SAFETY: msghdr is plain data; all zero is its empty value.
+    let mut message: libc::msghdr = unsafe { mem::zeroed() };
+    message.msg_iov = &mut part;
+    message.msg_iovlen = 1;
+    message.msg_control = ancillary.as_mut_ptr().cast();
+    message.msg_controllen = mem::size_of_val(ancillary) as _;
+    let bytes = loop {
+        // SAFETY: `message` points at `part` (which points at `bytes`) and `ancillary` with their true lengths.
+        let got = unsafe { libc::recvmsg(socket.as_raw_fd(), &mut message, libc::MSG_CMSG_CLOEXEC) };
+        match usize::try_from(got) {
+            Ok(got) => break got,
+            Err(_) => {
+                let error = io::Error::last_os_error();
+                if error.kind() != io::ErrorKind::Interrupted {
+                    return Err(error);
+                }
+            }
+        }
+    };
+    let mut fds = Vec::new();
+    // SAFETY: the kernel wrote well-formed control messages of msg_controllen bytes into `ancillary`; the CMSG macros
+    // walk just these. Each int of an SCM_RIGHTS message is a descriptor this process now owns and nobody else uses.
+    unsafe {
+        let mut header = libc::CMSG_FIRSTHDR(&message);
+        while let Some(cmsg) = header.as_ref() {
+            if cmsg.cmsg_level == libc::SOL_SOCKET && cmsg.cmsg_type == libc::SCM_RIGHTS {
+                let payload = cmsg.cmsg_len - libc::CMSG_LEN(0) as usize;
+                let data = libc::CMSG_DATA(header).cast::<RawFd>();
+                for i in 0..payload / mem::size_of::<RawFd>() {
+                    fds.push(OwnedFd::from_raw_fd(data.add(i).read_unaligned()));
+                }
+            }
+            header = libc::CMSG_NXTHDR(&message, header);
+        }
+    }
+    Ok(Received { bytes, fds, truncated: message.msg_flags & libc::MSG_CTRUNC != 0 })
 }
 
 /// Whether the other end of a socket closed its side.

@@ -83,7 +83,7 @@ fn serve(stream: &UnixStream, export: &Arc<Export>, pid: i32) {
     log::line(format_args!("{}: process {pid} connected", export.target()));
     let outcome = match export.kind() {
         ExportKind::VhostUser => vhost_user::serve(stream, export).map_err(|error| with_causes(&error)),
-        _ => nbd::serve(stream, export).map_err(|error| with_causes(&error)),
+        ExportKind::Nbd => nbd::serve(stream, export).map_err(|error| with_causes(&error)),
     };
     match outcome {
         Ok(()) => log::line(format_args!("{}: process {pid} disconnected", export.target())),

@@ -8,13 +8,15 @@ use std::{
     io::{self, Read, Write},
     mem,
     os::{
-        fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd},
+        fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd},
         unix::net::UnixStream,
     },
 };
 
 use serde::{Serialize, de::DeserializeOwned};
 use vmseal_model::control::MAX_FRAME;
+
+use crate::descriptors;
 
 /// Most descriptors with one frame: the kernel's own limit (SCM_MAX_FD).
 pub const MAX_FDS: usize = 253;
@@ -169,41 +171,11 @@ fn send_with_fds(socket: &UnixStream, bytes: &[u8], fds: &[BorrowedFd<'_>]) -> R
 /// Receives up to `bytes.len()` bytes and whatever descriptors come with them.
 fn receive_with_fds(socket: &UnixStream, bytes: &mut [u8]) -> Result<(usize, Vec<OwnedFd>), FrameError> {
     let mut ancillary = [0u64; ANCILLARY_WORDS];
-    let mut part = libc::iovec { iov_base: bytes.as_mut_ptr().cast(), iov_len: bytes.len() };
-    // SAFETY: msghdr is plain data; all zero is its empty value.
-    let mut message: libc::msghdr = unsafe { mem::zeroed() };
-    message.msg_iov = &mut part;
-    message.msg_iovlen = 1;
-    message.msg_control = ancillary.as_mut_ptr().cast();
-    message.msg_controllen = mem::size_of_val(&ancillary) as _;
-    let got = loop {
-        // SAFETY: `message` points at `part` (which points at `bytes`) and `ancillary` with their true lengths.
-        let got = unsafe { libc::recvmsg(socket.as_raw_fd(), &mut message, libc::MSG_CMSG_CLOEXEC) };
-        match usize::try_from(got) {
-            Ok(got) => break got,
-            Err(_) => retry_if_interrupted()?,
-        }
-    };
-    let mut fds = Vec::new();
-    // SAFETY: the kernel wrote well-formed control messages of msg_controllen bytes into `ancillary`; the CMSG macros
-    // walk just these. Each int of an SCM_RIGHTS message is a descriptor this process now owns and nobody else uses.
-    unsafe {
-        let mut header = libc::CMSG_FIRSTHDR(&message);
-        while let Some(cmsg) = header.as_ref() {
-            if cmsg.cmsg_level == libc::SOL_SOCKET && cmsg.cmsg_type == libc::SCM_RIGHTS {
-                let payload = cmsg.cmsg_len - libc::CMSG_LEN(0) as usize;
-                let data = libc::CMSG_DATA(header).cast::<RawFd>();
-                for i in 0..payload / mem::size_of::<RawFd>() {
-                    fds.push(OwnedFd::from_raw_fd(data.add(i).read_unaligned()));
-                }
-            }
-            header = libc::CMSG_NXTHDR(&message, header);
-        }
-    }
-    if message.msg_flags & libc::MSG_CTRUNC != 0 {
+    let received = descriptors::receive_with_fds(socket.as_fd(), bytes, &mut ancillary)?;
+    if received.truncated {
         return Err(FrameError::TooManyDescriptors);
     }
-    Ok((got, fds))
+    Ok((received.bytes, received.fds))
 }
 
 fn retry_if_interrupted() -> Result<(), FrameError> {

@@ -9,7 +9,7 @@
 
 use std::{
     io, mem,
-    os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd},
+    os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd},
     ptr,
     sync::{
         Arc, Condvar, Mutex, MutexGuard, PoisonError,
@@ -24,7 +24,7 @@ use vmseal_model::store_helper::{
 };
 
 use crate::{
-    descriptors::{is_packet_listener, peer_of},
+    descriptors::{self, is_packet_listener, peer_of},
     flush_gate::Bell,
     log,
     store::{Run, Store},
@@ -482,42 +482,10 @@ pub(crate) fn receive_now(socket: BorrowedFd<'_>, packet: &mut [u8]) -> io::Resu
 
 /// Receives one packet and up to two descriptors; the end of the connection is an error.
 fn receive(socket: BorrowedFd<'_>, packet: &mut [u8], fds: &mut Vec<OwnedFd>) -> io::Result<usize> {
-    let mut ancillary = [0u64; 4];
-    let mut part = libc::iovec { iov_base: packet.as_mut_ptr().cast(), iov_len: packet.len() };
-    // SAFETY: msghdr is plain data; all zero is its empty value.
-    let mut message: libc::msghdr = unsafe { mem::zeroed() };
-    message.msg_iov = &mut part;
-    message.msg_iovlen = 1;
-    message.msg_control = ancillary.as_mut_ptr().cast();
-    message.msg_controllen = mem::size_of_val(&ancillary) as _;
-    let got = loop {
-        // SAFETY: `message` points at `part` and `ancillary` with their true lengths.
-        let got = unsafe { libc::recvmsg(socket.as_raw_fd(), &mut message, libc::MSG_CMSG_CLOEXEC) };
-        match usize::try_from(got) {
-            Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
-            Ok(got) => break got,
-            Err(_) => {
-                let error = io::Error::last_os_error();
-                if error.kind() != io::ErrorKind::Interrupted {
-                    return Err(error);
-                }
-            }
-        }
-    };
-    // SAFETY: the kernel wrote well-formed control messages of msg_controllen bytes; the CMSG macros walk just these.
-    // Each int of an SCM_RIGHTS message is a descriptor this process now owns and nobody else uses.
-    unsafe {
-        let mut header = libc::CMSG_FIRSTHDR(&message);
-        while let Some(cmsg) = header.as_ref() {
-            if cmsg.cmsg_level == libc::SOL_SOCKET && cmsg.cmsg_type == libc::SCM_RIGHTS {
-                let payload = cmsg.cmsg_len - libc::CMSG_LEN(0) as usize;
-                let data = libc::CMSG_DATA(header).cast::<RawFd>();
-                for i in 0..payload / mem::size_of::<RawFd>() {
-                    fds.push(OwnedFd::from_raw_fd(data.add(i).read_unaligned()));
-                }
-            }
-            header = libc::CMSG_NXTHDR(&message, header);
-        }
+    let received = descriptors::receive_with_fds(socket, packet, &mut [0; 4])?;
+    fds.extend(received.fds);
+    if received.bytes == 0 {
+        return Err(io::ErrorKind::UnexpectedEof.into());
     }
-    Ok(got)
+    Ok(received.bytes)
 }

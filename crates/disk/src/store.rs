@@ -361,7 +361,7 @@ fn lies_in_memory(file: &File) -> bool {
 
 /// From linux/magic.h; libc does not name it.
 const RAMFS_MAGIC: i64 = 0x8584_58f6;
-/// `struct statx` up to the fields Linux 6.1 added, which libc does not name everywhere.
+/// From linux/stat.h, since Linux 6.1; libc does not name it everywhere.
 const STATX_DIOALIGN: u32 = 0x2000;
 
 /// What O_DIRECT asks of this file; `None` where it cannot be had. Kernels before 6.1 do not say: then nothing is

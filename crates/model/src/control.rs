@@ -81,8 +81,6 @@ pub enum ExportKind {
     Nbd,
     /// vhost-user-blk on a unix socket.
     VhostUser,
-    /// A block device of the host, `/dev/ublkb<n>`: the descriptor is its char device.
-    Ublk,
 }
 
 /// What a job process gets as its first frame, with descriptors: key memory, volume data, other file (none for

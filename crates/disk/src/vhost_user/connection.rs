@@ -8,7 +8,7 @@ use std::{
     io::{self, Read},
     mem,
     os::{
-        fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd},
+        fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd},
         unix::net::UnixStream,
     },
 };
@@ -54,46 +54,11 @@ fn receive_first(
     bytes: &mut [u8; HEADER],
 ) -> Result<(usize, Vec<OwnedFd>), VhostUserError> {
     let mut ancillary = [0u64; ANCILLARY_WORDS];
-    let mut part = libc::iovec { iov_base: bytes.as_mut_ptr().cast(), iov_len: bytes.len() };
-    // SAFETY: a msghdr of zeros is a valid empty one.
-    let mut head: libc::msghdr = unsafe { mem::zeroed() };
-    head.msg_iov = &mut part;
-    head.msg_iovlen = 1;
-    head.msg_control = ancillary.as_mut_ptr().cast();
-    head.msg_controllen = mem::size_of_val(&ancillary);
-    let got = loop {
-        // SAFETY: `head` describes `bytes` and `ancillary`, both valid for writing as much as it says.
-        let got = unsafe { libc::recvmsg(stream.as_raw_fd(), &mut head, libc::MSG_CMSG_CLOEXEC) };
-        match usize::try_from(got) {
-            Ok(got) => break got,
-            Err(_) => {
-                let error = io::Error::last_os_error();
-                if error.kind() != io::ErrorKind::Interrupted {
-                    return Err(error.into());
-                }
-            }
-        }
-    };
-    let mut fds = Vec::new();
-    // SAFETY: the kernel filled `ancillary` with `msg_controllen` bytes of messages; those of SCM_RIGHTS hold
-    // descriptors that are new and ours.
-    unsafe {
-        let mut message = libc::CMSG_FIRSTHDR(&head);
-        while let Some(header) = message.as_ref() {
-            if (header.cmsg_level, header.cmsg_type) == (libc::SOL_SOCKET, libc::SCM_RIGHTS) {
-                let len = header.cmsg_len - libc::CMSG_LEN(0) as usize;
-                let data = libc::CMSG_DATA(header).cast::<RawFd>();
-                for place in 0..len / mem::size_of::<RawFd>() {
-                    fds.push(OwnedFd::from_raw_fd(data.add(place).read_unaligned()));
-                }
-            }
-            message = libc::CMSG_NXTHDR(&head, header);
-        }
-    }
-    if head.msg_flags & libc::MSG_CTRUNC != 0 {
+    let received = crate::descriptors::receive_with_fds(stream.as_fd(), bytes, &mut ancillary)?;
+    if received.truncated {
         return Err(VhostUserError::TooManyDescriptors);
     }
-    Ok((got, fds))
+    Ok((received.bytes, received.fds))
 }
 
 /// Sends an answer, with a descriptor if there is one.

@@ -18,8 +18,14 @@ use crate::{
     tools::tool,
 };
 
-/// Writes batches within its part of the disk until told to stop; gives what the part holds by its acknowledgements.
-fn writer(socket: &Path, part: u64, stop: &AtomicBool, acknowledged: &mpsc::Sender<()>) -> Vec<u8> {
+/// Writes batches within its half of a disk of 16 MiB until told to stop; gives what that holds by its acknowledgements. A
+/// connection that ends is made again, as QEMU does; an error is the test's failure.
+pub(crate) fn writer(
+    socket: &Path,
+    part: u64,
+    stop: &AtomicBool,
+    acknowledged: &mpsc::Sender<()>,
+) -> Vec<u8> {
     let base = part * 8 * MIB;
     let mut model = vec![0; 8 << 20];
     let mut client = None;
@@ -32,7 +38,7 @@ fn writer(socket: &Path, part: u64, stop: &AtomicBool, acknowledged: &mpsc::Send
             .map(|quarter| {
                 let seed = round * 8 + quarter * 2 + part;
                 let at = quarter * 2 * MIB + (seed.wrapping_mul(0x9e37_79b9) % 448) * 4096;
-                (base + at, pattern(seed, 4096 << (seed % 5)))
+                (base + at, pattern(seed, 4096 << (seed % 7)))
             })
             .collect();
         loop {

@@ -25,7 +25,8 @@ use vmseal_luks::{VmsealToken, create, create::Geometry, inspect};
 use vmseal_model::store_helper::{MESSAGE_BYTES, StoreMessage, StoreOp};
 
 use crate::{
-    nbd_client::{Client, FUA, Fault},
+    crash::writer,
+    nbd_client::{Client, FUA},
     rig::{BINARY, MIB, Plan, Rig, Scratch, Spec, kill, pattern},
     tools::{fails, ok},
 };
@@ -259,43 +260,6 @@ fn requests_wait_for_the_next_helper_and_no_client_sees_an_error() {
     export(&ceph, &rig);
     assert!(rig.disk().stored_plain() == model, "what the cluster holds");
     println!("{helpers} helpers and {workers} workers killed under load");
-}
-
-/// Writes batches within its half of the disk; gives what that holds by its acknowledgements. A connection that ends is
-/// made again, as QEMU does after a worker's death; an error is the test's failure.
-fn writer(socket: &Path, part: u64, stop: &AtomicBool, acknowledged: &mpsc::Sender<()>) -> Vec<u8> {
-    let base = part * 8 * MIB;
-    let mut model = vec![0; 8 << 20];
-    let mut client = None;
-    for round in 0u64.. {
-        if stop.load(Ordering::Relaxed) {
-            break;
-        }
-        let writes: Vec<(u64, Vec<u8>)> = (0..4)
-            .map(|quarter| {
-                let seed = round * 8 + quarter * 2 + part;
-                let at = quarter * 2 * MIB + (seed.wrapping_mul(0x9e37_79b9) % 448) * 4096;
-                (base + at, pattern(seed, 4096 << (seed % 7)))
-            })
-            .collect();
-        loop {
-            let Some(connected) = &mut client else {
-                client = Client::connect(socket).ok();
-                continue;
-            };
-            match connected.write_batch(&writes) {
-                Ok(()) => break,
-                Err(Fault::Gone(_)) => client = None,
-                Err(fault) => panic!("a write failed: {fault:?}"),
-            }
-        }
-        for (at, data) in writes {
-            let at = (at - base) as usize;
-            model[at..at + data.len()].copy_from_slice(&data);
-        }
-        let _ = acknowledged.send(());
-    }
-    model
 }
 
 /// A worker's side of the first channel, by hand.
