@@ -118,7 +118,8 @@ fn idle(kind: ExportKind, memory: &str, cpu: &str, report: &mut Report) -> Resul
             println!(
                 "{memory}: {proportional:.1} proportional (PSS), {resident:.1} resident (RSS), keeper and worker"
             );
-            report.row(Row::less(memory, proportional, IDLE_MIB, 1.0));
+            // The larger of the two: what a page is shared with may end.
+            report.row(Row::less(memory, resident, IDLE_MIB, 1.0));
         }
         Err(error) => report.skip(memory, format!("only root may look into the process ({error})")),
     }

@@ -40,9 +40,6 @@ use crate::{
     table::Samples,
 };
 
-/// No floor is lowered by more than this for a disk that is not steady.
-const MOST_UNSURE: f64 = 0.15;
-
 fn main() -> ExitCode {
     let options = match Options::parse(std::env::args().skip(1)) {
         Ok(options) => options,
@@ -165,34 +162,11 @@ fn row(demand: &Demand, samples: &Samples) -> Row {
         Figure::Cpu => peer / ours,
     };
     let ratios: Vec<f64> = ours.iter().zip(&peer).map(ahead).collect();
-    // Two that wait for the same disk are equally fast, and half of the time one of them looks slower.
-    let unsure = if demand.medium == Medium::Disk { uncertainty(&ratios).min(MOST_UNSURE) } else { 0.0 };
     Row {
         name: demand.name(),
         ratio: median(ratios.into_iter()),
         ours: median(ours.into_iter()),
         peer: median(peer.into_iter()),
-        floor: demand.floor * (1.0 - unsure),
-    }
-}
-
-/// How far below the true one the median of these may lie by chance, once in twenty runs: 1.64 standard errors of a
-/// median, from the median of the deviations.
-fn uncertainty(ratios: &[f64]) -> f64 {
-    let middle = median(ratios.iter().copied());
-    let deviation = 1.4826 * median(ratios.iter().map(|ratio| (ratio - middle).abs()));
-    1.64 * 1.253 * deviation / (ratios.len() as f64).sqrt()
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn steady_ratios_are_certain_and_scattered_ones_less_so_the_fewer_they_are() {
-        assert_eq!(uncertainty(&[1.0; 9]), 0.0);
-        let few = uncertainty(&[0.8, 0.9, 1.0, 1.1, 1.2]);
-        let many = uncertainty(&[0.8, 0.9, 1.0, 1.1, 1.2].repeat(4));
-        assert!(few > 0.1 && many < few && many > 0.0, "{few} {many}");
+        floor: demand.floor,
     }
 }
