@@ -78,7 +78,7 @@ pub(crate) fn enter(disk: &mut Element, socket: &str, cpus: u32, known: Aside) -
         }
         driver.unset(part);
     }
-    // Ours, of an encrypted disk; libvirt's own of a clear one come back by themselves.
+    // An encrypted disk's are ours. A clear one's own go with every class, and libvirt's come back.
     driver.unset("error_policy");
     driver.unset("rerror_policy");
     // Without it QEMU asks for one queue a CPU, and does not start if the worker has fewer.

@@ -1,6 +1,6 @@
 //! One queue's way to its volume: requests in, outcomes out, in any order. One thread, no locks on the way.
 //!
-//! A front (NBD, vhost-user-blk, ublk) takes requests from its client, submits them here and answers what is done.
+//! A front (NBD, vhost-user-blk) takes requests from its client, submits them here and answers what is done.
 //! Encryption is the copy between the client's memory and what the store is given; a read is decrypted where it lies.
 //! Nothing is held back: a write that is done is in the kernel, and a flush that is done is on the medium.
 //!

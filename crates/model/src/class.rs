@@ -56,10 +56,10 @@ impl DiskClass {
     pub fn can(self) -> &'static str {
         match self {
             Self::Compatible => {
-                "snapshots, checkpoints, backup, block copy, resize, throttling, statistics, save and restore, live \
-                 migration; any bus; raw and qcow2 inside"
+                "snapshots, checkpoints, backup, block copy, throttling, statistics, save and restore; any bus; raw and \
+                 qcow2 inside"
             }
-            Self::Fast => "save and restore, live migration; the fastest way",
+            Self::Fast => "save and restore; the fastest way",
         }
     }
 

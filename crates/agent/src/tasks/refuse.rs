@@ -65,7 +65,10 @@ pub(crate) fn idle_domain(world: &World, domain: DomainUuid) -> Result<Idle, Ref
         let text = format!(
             "{name} has {snapshots} snapshots or checkpoints; a revert would bring its old disks back"
         );
-        let served = xml.disks().iter().any(|disk| matches!(disk.source, DiskSource::NbdUnix { .. }));
+        let served = xml
+            .disks()
+            .iter()
+            .any(|disk| matches!(disk.source, DiskSource::NbdUnix { .. } | DiskSource::VhostUser { .. }));
         let first = if served {
             format!(
                 "virsh start {shell_name}: libvirt deletes snapshots of an encrypted disk only while the VM runs; "

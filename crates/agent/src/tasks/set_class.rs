@@ -56,12 +56,19 @@ pub(crate) fn plan(
     let class = resolve(class, world.capabilities());
     let xml = DomainXml::parse(&world.hypervisor.xml(domain, Definition::Persistent)?)?;
     check_targets(&xml, &[target.to_owned()], name)?;
-    let Some((disk, now)) = ours(world, &xml, domain, target) else {
+    let Some((disk, now)) = ours(world, &xml, domain, target)? else {
         let text = format!("disk {target} of {name} is clear: only an encrypted disk has a class");
         let hint = format!("vmseal vm encrypt {} --disk {target} --class {}", shell(name), class.as_str());
         return Err(Refusal::new(Code::UnsupportedDisk, text).hint(hint));
     };
     let vm = vm_id(world, domain, &xml, name)?;
+    if let Some((owner, _)) = world.store.disk(disk).filter(|(owner, _)| *owner != vm) {
+        let text = format!("disk {target} of {name} belongs to VM {owner}, which this is not");
+        return Err(Refusal::new(Code::Integrity, text).hint(format!(
+            "put back the definition it had, or, if the VM is to be that one: vmseal vm adopt {}",
+            shell(name)
+        )));
+    }
     let entry = metadata_of(world, &xml, disk)?;
     let already = now == class;
     if !already {
@@ -78,21 +85,38 @@ pub(crate) fn plan(
     Ok(ClassPlan { vm, domain, name, target, disk, format: entry.format, socket, class, already })
 }
 
-/// The disk of ours behind a target, and its class.
-fn ours(world: &World, xml: &DomainXml, domain: DomainUuid, target: &str) -> Option<(DiskId, DiskClass)> {
-    let (view, metadata) = (xml.disk(target)?, xml.metadata().ok().flatten());
-    let on = OnSocket::of(&world.config, &view)?;
-    Some((on.disk(metadata.as_ref(), &world.store, domain)?, on.class))
+/// The disk of ours behind a target, and its class; none if it is not on a socket of ours. As a start does, it believes
+/// no socket but the one that is this disk's own.
+fn ours(
+    world: &World,
+    xml: &DomainXml,
+    domain: DomainUuid,
+    target: &str,
+) -> Result<Option<(DiskId, DiskClass)>, Refusal> {
+    let Some(view) = xml.disk(target) else { return Ok(None) };
+    let Some(on) = OnSocket::of(&world.config, &view) else { return Ok(None) };
+    let name = xml.name().unwrap_or_default();
+    if on.socket != world.config.disk_socket(domain, target) {
+        let text = format!("disk {target} of {name} is on the socket of another disk or VM: a copy?");
+        return Err(Refusal::new(Code::Integrity, text).hint(format!("vmseal vm adopt {}", shell(name))));
+    }
+    let metadata = xml.metadata()?;
+    match on.disk(metadata.as_ref(), &world.store, domain) {
+        Some(disk) => Ok(Some((disk, on.class))),
+        None => Err(unknown(&format!("disk {target} of {name}"))),
+    }
+}
+
+fn unknown(disk: &str) -> Refusal {
+    Refusal::new(Code::UnknownVm, format!("nothing is known here of {disk}"))
+        .hint("put the vmseal element back into its domain's metadata")
 }
 
 /// A disk's part of the metadata: as it stands there, else as the store would write it.
 fn metadata_of(world: &World, xml: &DomainXml, disk: DiskId) -> Result<DiskMetadata, Refusal> {
     let there = xml.metadata()?.and_then(|m| m.disks.into_iter().find(|d| d.disk == disk));
     let stored = || world.store.disk(disk).map(|(_, stored)| crate::reconcile::disk_metadata(&stored));
-    there.or_else(stored).ok_or_else(|| {
-        Refusal::new(Code::UnknownVm, format!("nothing is known here of disk {disk}"))
-            .hint("put the vmseal element back into its domain's metadata")
-    })
+    there.or_else(stored).ok_or_else(|| unknown(&format!("disk {disk}")))
 }
 
 /// Goes through the steps that are not done; gives what to tell at the end.
@@ -104,8 +128,9 @@ pub(crate) fn run(ctx: &mut Context, plan: &ClassPlan) -> Result<String, Halt> {
     settle(ctx, plan, |ctx| switch(ctx, plan))?;
     ctx.step("", "switched", |ctx| switch(ctx, plan))?;
     ctx.commit();
-    ctx.make_startable();
+    // Before a start can verify the record and write it to the store, too.
     ctx.step("", "recorded", |ctx| record(ctx, plan))?;
+    ctx.make_startable();
     Ok(format!("{what} is {class} from its next start on"))
 }
 
@@ -165,14 +190,17 @@ fn switch(ctx: &mut Context, plan: &ClassPlan) -> Result<Value, Halt> {
 }
 
 fn apply(world: &World, xml: &mut DomainXml, plan: &ClassPlan) -> Result<(), Refusal> {
-    if ours(world, xml, plan.domain, &plan.target).is_none_or(|(disk, _)| disk != plan.disk) {
+    if ours(world, xml, plan.domain, &plan.target)?.is_none_or(|(disk, _)| disk != plan.disk) {
         let text = format!("disk {} of {} was redefined meanwhile", plan.target, plan.name);
         return Err(Refusal::new(Code::Conflict, text).hint("try again"));
     }
     check_class(xml, &plan.target, plan.format, plan.class)?;
     let mut entry = metadata_of(world, xml, plan.disk)?;
     let others = xml.metadata()?.map(|m| m.disks).unwrap_or_default();
-    let mut disks: Vec<_> = others.into_iter().filter(|d| d.target != plan.target).collect();
+    let mut disks: Vec<_> =
+        others.into_iter().filter(|d| d.target != plan.target && d.disk != plan.disk).collect();
+    // It may have had another name in the guest when its metadata was written.
+    entry.target.clone_from(&plan.target);
     (entry.class, entry.aside) = (plan.class, xml.encrypt_disk(&plan.target, &plan.source())?);
     disks.push(entry);
     xml.set_disks(plan.vm, plan.domain, disks)?;
@@ -181,13 +209,18 @@ fn apply(world: &World, xml: &mut DomainXml, plan: &ClassPlan) -> Result<(), Ref
 
 fn is_done(xml: &DomainXml, plan: &ClassPlan) -> bool {
     let Ok(Some(metadata)) = xml.metadata() else { return false };
-    plan.named_in(xml) && metadata.disks.iter().any(|d| d.disk == plan.disk && d.class == plan.class)
+    plan.named_in(xml)
+        && metadata
+            .disks
+            .iter()
+            .any(|d| (d.disk, d.class, &d.target) == (plan.disk, plan.class, &plan.target))
 }
 
 /// One that the store does not know comes there with the next start.
 fn record(ctx: &Context, plan: &ClassPlan) -> Result<Value, Halt> {
     if let Some((vm, stored)) = ctx.world.store.disk(plan.disk) {
-        ctx.world.store.put_disk(vm, plan.domain, StoredDisk { class: plan.class, ..stored })?;
+        let known = StoredDisk { class: plan.class, target: plan.target.clone(), ..stored };
+        ctx.world.store.put_disk(vm, plan.domain, known)?;
     }
     Ok(json!({}))
 }

@@ -240,7 +240,7 @@ not yet protected: NVRAM";
         let page = disk(&vm, &vm.disks[0]);
         for part in [
             "class: fast: vhost-user-blk",
-            "can: save and restore, live migration",
+            "can: save and restore",
             "cannot: snapshots",
             "needs: bus virtio",
             "change it while the VM is off: vmseal disk set --class compatible web01 vda",

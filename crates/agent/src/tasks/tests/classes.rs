@@ -306,6 +306,60 @@ fn clear_disk_has_no_class_and_a_missing_one_none_either() {
 }
 
 #[test]
+fn disk_that_has_another_name_by_now_is_changed_and_starts() {
+    let mut lab = encrypted(ClassChoice::Compatible);
+    lab.libvirt.change(DOMAIN, |_, xml| {
+        *xml = xml.replace("dev='vda'", "dev='vdb'").replace("/vda.sock", "/vdb.sock");
+    });
+    let work = Work::SetDisk { domain: DOMAIN, target: "vdb".into(), class: ClassChoice::Fast };
+    succeeded(&lab.run(work));
+    let metadata = lab.xml().metadata().unwrap().unwrap();
+    assert_eq!((metadata.disks.len(), metadata.disks[0].target.as_str()), (1, "vdb"));
+    let planned = start(&lab);
+    assert_eq!((planned.disks[0].target.as_str(), planned.disks[0].class), ("vdb", DiskClass::Fast));
+}
+
+#[test]
+fn disk_of_another_vm_and_one_nobody_knows_are_left_alone() {
+    const THIEF: DomainUuid = DomainUuid::from_bytes([0xe0; 16]);
+    let mut lab = encrypted(ClassChoice::Compatible);
+    let original = lab.libvirt.xml(DOMAIN, Definition::Persistent).unwrap();
+    let stolen =
+        original.replace(&format!("<uuid>{DOMAIN}"), &format!("<uuid>{THIEF}")).replace(">web01<", ">web02<");
+    // Without its metadata: only the stanza was pasted.
+    let (from, to) = (stolen.find("<metadata>").unwrap(), stolen.find("</metadata>").unwrap());
+    let pasted = format!("{}{}", &stolen[..from], &stolen[to + "</metadata>".len()..]);
+    let own_socket = pasted.replace(&format!("libvirt-{DOMAIN}"), &format!("libvirt-{THIEF}"));
+    let set = || Work::SetDisk { domain: THIEF, target: "vda".into(), class: ClassChoice::Fast };
+    for (n, (xml, word)) in
+        [(pasted, "socket of another"), (own_socket, "belongs to VM")].into_iter().enumerate()
+    {
+        lab.libvirt.put_xml(THIEF, "web02", &xml);
+        let stored = lab.store().vms();
+        let before = lab.libvirt.xml(THIEF, Definition::Persistent).unwrap();
+        let report = lab.run_as(TaskId::from_bytes([60 + n as u8; 16]), set());
+        assert_eq!((report.state, report.code), (TaskState::Failed, Some(Code::Integrity)), "{report:?}");
+        assert!(report.message.contains(word) && report.hint.contains("vm adopt web02"), "{report:?}");
+        assert_eq!(lab.libvirt.xml(THIEF, Definition::Persistent).unwrap(), before);
+        assert_eq!(lab.store().vms(), stored);
+    }
+    // A fast disk says nowhere which it is but in its metadata.
+    let fast = original.replace("type='network'", "type='vhostuser'");
+    assert_ne!(fast, original);
+    let source = fast.find("<source protocol").unwrap();
+    let end = fast[source..].find("</source>").unwrap() + source + "</source>".len();
+    let socket = format!("<source type='unix' path='/run/vmseal/libvirt-{THIEF}/vda.sock'/>");
+    let fast = format!("{}{socket}{}", &fast[..source], &fast[end..]);
+    let (from, to) = (fast.find("<metadata>").unwrap(), fast.find("</metadata>").unwrap());
+    let fast = format!("{}{}", &fast[..from], &fast[to + "</metadata>".len()..])
+        .replace(&format!("<uuid>{DOMAIN}"), &format!("<uuid>{THIEF}"));
+    lab.libvirt.put_xml(THIEF, "web02", &fast);
+    let report = lab.run_as(TaskId::from_bytes([70; 16]), set());
+    assert_eq!(report.code, Some(Code::UnknownVm), "{report:?}");
+    assert!(report.hint.contains("put the vmseal element back"), "{report:?}");
+}
+
+#[test]
 fn copy_of_a_fast_vm_is_refused_until_it_is_adopted_and_stays_fast() {
     const COPY: DomainUuid = DomainUuid::from_bytes([0xc0; 16]);
     let lab = encrypted(ClassChoice::Fast);

@@ -53,14 +53,22 @@ fn run_with(lab: &mut Lab, work: Work, crash_at: CrashAt) {
 }
 
 fn encrypting() -> (Lab, Work) {
+    encrypting_as(ClassChoice::Auto)
+}
+
+fn encrypting_as(class: ClassChoice) -> (Lab, Work) {
     let lab = Lab::new();
     let raw = lab.raw_image("a.img", SIZE);
     lab.define(&[("vda", &raw, "raw")]);
-    (lab, encrypt(&[], SourceFate::Wipe))
+    (lab, encrypt_as(class))
 }
 
 fn decrypting() -> (Lab, Work) {
-    let (mut lab, work) = encrypting();
+    decrypting_from(ClassChoice::Auto)
+}
+
+fn decrypting_from(class: ClassChoice) -> (Lab, Work) {
+    let (mut lab, work) = encrypting_as(class);
     assert_eq!(lab.run_as(TaskId::from_bytes([1; 16]), work).state, TaskState::Succeeded);
     (lab, decrypt(&[], SourceFate::Wipe))
 }
@@ -84,8 +92,17 @@ fn check_back(lab: &mut Lab) {
 
 #[test]
 fn encrypting_goes_on_after_a_crash_at_every_place() {
-    for (n, place) in places(&encrypting).iter().enumerate() {
-        let (mut lab, work) = encrypting();
+    encrypting_goes_on(ClassChoice::Auto);
+}
+
+#[test]
+fn encrypting_as_fast_goes_on_after_a_crash_at_every_place() {
+    encrypting_goes_on(ClassChoice::Fast);
+}
+
+fn encrypting_goes_on(class: ClassChoice) {
+    for (n, place) in places(&|| encrypting_as(class)).iter().enumerate() {
+        let (mut lab, work) = encrypting_as(class);
         run_with(&mut lab, work, crash_at(n));
         let end = lab.resume();
         assert_eq!(end.state, TaskState::Succeeded, "{place}: {end:?}");
@@ -98,8 +115,17 @@ fn encrypting_goes_on_after_a_crash_at_every_place() {
 
 #[test]
 fn decrypting_goes_on_after_a_crash_at_every_place() {
-    for (n, place) in places(&decrypting).iter().enumerate() {
-        let (mut lab, work) = decrypting();
+    decrypting_goes_on(ClassChoice::Auto);
+}
+
+#[test]
+fn decrypting_a_fast_disk_goes_on_after_a_crash_at_every_place() {
+    decrypting_goes_on(ClassChoice::Fast);
+}
+
+fn decrypting_goes_on(class: ClassChoice) {
+    for (n, place) in places(&|| decrypting_from(class)).iter().enumerate() {
+        let (mut lab, work) = decrypting_from(class);
         run_with(&mut lab, work, crash_at(n));
         let end = lab.resume();
         assert_eq!(end.state, TaskState::Succeeded, "{place}: {end:?}");
