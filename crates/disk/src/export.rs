@@ -37,6 +37,14 @@ pub enum AdmitError {
         /// Who has it.
         holder: i32,
     },
+    /// It has come back before what it had begun was done.
+    #[error(
+        "process {pid} comes back while requests of its last connection are under way: storage is slow or hangs"
+    )]
+    Unfinished {
+        /// Who knocks.
+        pid: i32,
+    },
     /// Too many connections.
     #[error("process {pid} has {MAX_CONNECTIONS} connections already")]
     TooMany {
@@ -184,7 +192,12 @@ impl Export {
             }
             let left = deadline.saturating_duration_since(Instant::now());
             if left.is_zero() || (clients.pid != pid && !clients.all_hung_up()) {
-                return Err(AdmitError::InUse { pid, holder: clients.pid });
+                let holder = clients.pid;
+                return Err(if holder == pid {
+                    AdmitError::Unfinished { pid }
+                } else {
+                    AdmitError::InUse { pid, holder }
+                });
             }
             clients = self.changed.wait_timeout(clients, left).unwrap_or_else(PoisonError::into_inner).0;
         }
@@ -213,13 +226,18 @@ impl Export {
         self.clients().closed = false;
     }
 
+    /// Cuts every connection and waits for nothing.
+    pub fn hang_up(&self) {
+        for (_, stream) in &self.clients().connections {
+            let _ = stream.shutdown(std::net::Shutdown::Both);
+        }
+    }
+
     /// Cuts every connection; requests in flight end, their replies go nowhere. Waits at most `limit` for that.
     pub fn cut_connections(&self, limit: Duration) {
         let deadline = Instant::now() + limit;
+        self.hang_up();
         let mut clients = self.clients();
-        for (_, stream) in &clients.connections {
-            let _ = stream.shutdown(std::net::Shutdown::Both);
-        }
         while !clients.connections.is_empty() {
             let left = deadline.saturating_duration_since(Instant::now());
             if left.is_zero() {

@@ -26,7 +26,7 @@ use super::{
     request::ID_LEN,
     ring::{MAX_SIZE, Ring, RingAddresses, RingError, RingFeatures},
 };
-use crate::{export::Export, flush_gate::Bell, lane::Lane, log, volume::VolumeError};
+use crate::{export::Export, flush_gate::Bell, lane::Lane, log, volume::VolumeError, worker::with_causes};
 
 /// Why something the front end wants is not done.
 #[derive(Debug, thiserror::Error)]
@@ -48,13 +48,13 @@ pub enum DeviceError {
     #[error("the back end's channel is not a socket")]
     NotASocket,
     /// Memory.
-    #[error("{0}")]
+    #[error(transparent)]
     Memory(#[from] MemoryError),
     /// The log or the in-flight area.
-    #[error("{0}")]
+    #[error(transparent)]
     Mapping(#[from] MappingError),
     /// The in-flight area.
-    #[error("{0}")]
+    #[error(transparent)]
     Inflight(#[from] InflightError),
     /// The in-flight area has no part for a queue.
     #[error("the in-flight area has no part for queue {0}")]
@@ -74,8 +74,8 @@ pub enum DeviceError {
     #[error("{0}")]
     Flush(VolumeError),
     /// No thread, no descriptor, no memory.
-    #[error("no resources: {0}")]
-    Resources(std::io::Error),
+    #[error("no thread, descriptor or memory left for a queue; see LimitNOFILE and TasksMax of vmseal-agent")]
+    Resources(#[source] std::io::Error),
 }
 
 /// What the front end is told.
@@ -363,13 +363,20 @@ impl Device {
     fn start_queues(&mut self) -> Result<(), DeviceError> {
         for index in 0..self.queues.len() {
             let ready = self.queues.get(index).is_some_and(Setup::is_ready);
-            if ready
-                && let Err(error) = self.start(index)
-                && let Some(queue) = self.queues.get_mut(index)
-            {
-                queue.failed = true;
-                return Err(error);
+            if !ready {
+                continue;
             }
+            let Err(error) = self.start(index) else { continue };
+            if let Some(queue) = self.queues.get_mut(index) {
+                queue.failed = true;
+                // A ring that cannot be is the driver's mistake, and no reason to end the front end's connection.
+                if matches!(error, DeviceError::Ring { .. }) {
+                    queue.error.tell();
+                    self.say(format_args!("{error}"));
+                    continue;
+                }
+            }
+            return Err(error);
         }
         Ok(())
     }
@@ -399,7 +406,7 @@ impl Device {
         let base = setup.base;
         let name = format!("{}-queue{number}", shared.export.target());
         let work = move || {
-            let (export, end) = (shared.export.clone(), ordered.clone());
+            let export = shared.export.clone();
             let (next, result) = match Lane::new(export.volume().clone()) {
                 Ok(lane) => {
                     Queue { lane, ring, shared, accepted, inflight, log, kick, call, stop: ordered }.run()
@@ -407,16 +414,26 @@ impl Device {
                 Err(error) => (base, Err(QueueError::Io(error))),
             };
             let Err(error) = result else { return (next, false) };
-            // A mistake that is found while it ends anyway is nobody's concern.
-            if !end.ordered.load(Ordering::Acquire) {
-                say(&said, format_args!("{}: queue {number} stopped: {error}", export.target()));
-                error_event.tell();
+            let (target, why) = (export.target(), with_causes(&error));
+            say(&said, format_args!("{target}: queue {number} stopped: {why}"));
+            if matches!(error, QueueError::Io(_)) {
+                // Ours, and not the guest's: the front end comes back, and in-flight tracking begins again what was begun.
+                export.hang_up();
+                return (next, false);
             }
+            error_event.tell();
             (next, true)
         };
         let thread = thread::Builder::new().name(name).spawn(work).map_err(DeviceError::Resources)?;
         setup.running = Some(Running { thread, stop });
         Ok(())
+    }
+}
+
+impl Device {
+    /// Says something about what the front end or its guest does, not more often than is good for the log.
+    pub(super) fn say(&self, what: std::fmt::Arguments<'_>) {
+        say(&self.said, format_args!("{}: {what}", self.shared.export.target()));
     }
 }
 

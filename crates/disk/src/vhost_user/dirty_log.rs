@@ -37,7 +37,8 @@ impl DirtyLog {
         for page in first..=last {
             // SAFETY: `page / 8` is within the mapping, as checked for the last one; both ends use it atomically.
             let byte = unsafe { AtomicU8::from_ptr(self.0.start().add((page / 8) as usize)) };
-            byte.fetch_or(1 << (page % 8), Ordering::Relaxed);
+            // Whoever sees the bit sees what was written before.
+            byte.fetch_or(1 << (page % 8), Ordering::Release);
         }
         true
     }

@@ -39,7 +39,7 @@ use self::{
     device::{Answer, Device},
     message::Message,
 };
-use crate::{export::Export, log};
+use crate::{export::Export, worker::with_causes};
 
 /// The parts that need no socket, for fuzz targets and benchmarks of this workspace. Not an interface.
 #[doc(hidden)]
@@ -63,11 +63,12 @@ pub enum VhostUserError {
     #[error("vhost-user front end sent more than {MAX_FDS} descriptors at once")]
     TooManyDescriptors,
     /// What it wants cannot be done, and it did not ask whether it was.
-    #[error("vhost-user message {code}: {cause}")]
+    #[error("vhost-user message {code} cannot be done")]
     Refused {
         /// Which message.
         code: u32,
         /// Why.
+        #[source]
         cause: DeviceError,
     },
     /// The disk has a connection already.
@@ -97,7 +98,7 @@ pub fn serve(stream: &UnixStream, export: &Arc<Export>) -> Result<(), VhostUserE
                 connection::send(stream, &header.reply(&body), Some(file.as_fd()))?;
             }
             Err((cause, true)) if wants_ack => {
-                log::line(format_args!("{}: vhost-user message {}: {cause}", export.target(), header.code));
+                device.say(format_args!("vhost-user message {}: {}", header.code, with_causes(&cause)));
                 connection::send(stream, &header.reply(&1u64.to_ne_bytes()), None)?;
             }
             Err((cause, _)) => return Err(VhostUserError::Refused { code: header.code, cause }),

@@ -21,8 +21,15 @@ pub(super) fn is_eventfd(fd: &OwnedFd) -> bool {
 pub(super) struct Notifier(Arc<Mutex<Option<OwnedFd>>>);
 
 impl Notifier {
-    /// Uses this one from now on.
+    /// Uses this one from now on. It blocks nobody any more, as QEMU's do not: one that is full must not hold up a queue.
     pub(super) fn set(&self, fd: Option<OwnedFd>) {
+        if let Some(fd) = &fd {
+            // SAFETY: flags of a descriptor that is open.
+            unsafe {
+                let flags = libc::fcntl(fd.as_raw_fd(), libc::F_GETFL);
+                libc::fcntl(fd.as_raw_fd(), libc::F_SETFL, flags | libc::O_NONBLOCK);
+            }
+        }
         *self.fd() = fd;
     }
 

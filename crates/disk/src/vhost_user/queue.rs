@@ -24,6 +24,7 @@ use crate::{
     export::Export,
     flush_gate::Bell,
     lane::{Done, Lane, Operation, Request, Segment},
+    volume::VolumeError,
 };
 
 /// The driver sees what is done at the latest after so many chains, or so many bytes: while one processor works on,
@@ -39,10 +40,10 @@ const STOP: u32 = 1;
 #[derive(Debug, thiserror::Error)]
 pub(super) enum QueueError {
     /// The driver's mistake.
-    #[error("{0}")]
+    #[error(transparent)]
     Ring(#[from] RingError),
     /// The driver's mistake too.
-    #[error("{0}")]
+    #[error(transparent)]
     Request(#[from] RequestError),
     /// The front end took memory away.
     #[error("shared memory was taken away")]
@@ -50,8 +51,8 @@ pub(super) enum QueueError {
     /// The front end's log is too short.
     #[error("the dirty log does not reach all of guest memory")]
     Log,
-    /// The kernel's.
-    #[error("cannot wait for requests")]
+    /// The kernel's: not the guest's mistake.
+    #[error("its way to the volume failed")]
     Io(#[from] io::Error),
 }
 
@@ -130,12 +131,12 @@ impl Queue {
         // Whatever happened, what was begun ends here: memory and ring may be somebody else's next.
         running.queue.lane.drain();
         let ended = running.give_back();
-        running.publish();
+        let published = running.publish();
         running.queue.lane.unwatch(KICK);
         running.queue.lane.unwatch(STOP);
         // What stands where memory was taken away looks like other mistakes.
         let lost = if running.is_memory_lost() { Err(QueueError::MemoryLost) } else { Ok(()) };
-        (running.queue.ring.next_available(), lost.and(result).and(ended))
+        (running.queue.ring.next_available(), lost.and(result).and(ended).and(published))
     }
 }
 
@@ -158,7 +159,7 @@ impl Running {
             }
             let more = self.take()?;
             self.give_back()?;
-            self.publish();
+            self.publish()?;
             if more {
                 // There is more in the ring than a round takes; the lane looks after what it has meanwhile.
                 self.queue.lane.poll()?;
@@ -176,13 +177,14 @@ impl Running {
     }
 
     fn ask_to_be_told(&mut self) -> Result<bool, QueueError> {
+        let more = self.queue.ring.ask_to_be_told();
         if let Some(Log { log, used: Some(used) }) = &self.queue.log {
             let end = used.checked_add(self.queue.ring.used_len());
             if !end.is_some_and(|end| log.mark(end - 2, 2) && log.mark(*used, 2)) {
                 return Err(QueueError::Log);
             }
         }
-        Ok(self.queue.ring.ask_to_be_told())
+        Ok(more)
     }
 
     fn is_memory_lost(&self) -> bool {
@@ -203,8 +205,7 @@ impl Running {
             self.start(head)?;
         }
         self.give_back()?;
-        self.publish();
-        Ok(())
+        self.publish()
     }
 
     /// Takes chains while there are some, at most as many as the queue holds; gives whether there may be more.
@@ -217,7 +218,7 @@ impl Running {
             self.start(head)?;
             self.give_back()?;
             if self.queue.ring.unpublished() >= BATCH_CHAINS || self.batch_bytes >= BATCH_BYTES {
-                self.publish();
+                self.publish()?;
             }
         }
         Ok(true)
@@ -283,13 +284,16 @@ impl Running {
         Ok(())
     }
 
-    /// Gives back what the lane has done.
+    /// Gives back what the lane has done: all of it, whatever becomes of one.
     fn give_back(&mut self) -> Result<(), QueueError> {
+        let mut outcome = Ok(());
         while let Some(Done { token, result }) = self.queue.lane.next_done() {
             let head = token as u16;
             let Some(pending) = self.pending.get_mut(usize::from(head)).and_then(Option::take) else {
                 continue;
             };
+            // What stands where memory was taken away is not what the guest wrote, or will read.
+            let result = if self.is_memory_lost() { Err(VolumeError::Truncated) } else { result };
             let status = if result.is_ok() { request::OK } else { request::IO_ERROR };
             match pending.effect {
                 Effect::Read(bytes) if result.is_ok() => {
@@ -302,9 +306,9 @@ impl Running {
                 }
                 _ => {}
             }
-            self.finish(head, pending, status)?;
+            outcome = outcome.and(self.finish(head, pending, status));
         }
-        Ok(())
+        outcome
     }
 
     /// Writes a status and puts the chain into the used ring.
@@ -322,16 +326,15 @@ impl Running {
             marked &= log.log.mark(guest, len);
         }
         if let Some(used) = log.used {
-            // The entry, and the index at the front.
-            marked &= used.checked_add(entry).is_some_and(|at| log.log.mark(at, 8)) && log.log.mark(used, 4);
+            marked &= used.checked_add(entry).is_some_and(|at| log.log.mark(at, 8));
         }
         if marked { Ok(()) } else { Err(QueueError::Log) }
     }
 
     /// Lets the driver see what was given back, and tells it if it wishes.
-    fn publish(&mut self) {
+    fn publish(&mut self) -> Result<(), QueueError> {
         if self.queue.ring.unpublished() == 0 {
-            return;
+            return Ok(());
         }
         self.queue.ring.publish();
         self.batch_bytes = 0;
@@ -341,6 +344,11 @@ impl Running {
         }
         if self.queue.ring.must_tell() {
             self.queue.call.tell();
+        }
+        // After the write it stands for: a page that is copied in between is copied again.
+        match &self.queue.log {
+            Some(Log { log, used: Some(used) }) if !log.mark(*used, 4) => Err(QueueError::Log),
+            _ => Ok(()),
         }
     }
 }

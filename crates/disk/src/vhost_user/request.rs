@@ -75,6 +75,10 @@ pub struct Parsed {
     pub writable: u64,
 }
 
+/// Most bytes of one read or write. Drivers ask for a few megabytes; a chain could name the same memory over and over, and
+/// who stops the queue waits for all of it.
+const MAX_DATA: u64 = 1 << 30;
+
 /// Reads a request; what is left in `chain` is its data.
 ///
 /// `accepted` are the features that were agreed on, `fua` whether writes have to be durable.
@@ -93,8 +97,8 @@ pub fn parse(chain: &mut Chain, accepted: u64, fua: bool) -> Result<Parsed, Requ
     };
     let command = match (kind as u32, data) {
         (_, Some((operation, len))) => match sector.checked_mul(SECTOR) {
-            Some(offset) => Command::Carry { operation, offset, len },
-            None => Command::Answer(IO_ERROR),
+            Some(offset) if len <= MAX_DATA => Command::Carry { operation, offset, len },
+            _ => Command::Answer(IO_ERROR),
         },
         (FLUSH, _) => Command::Carry { operation: Operation::Flush, offset: 0, len: 0 },
         (GET_ID, _) => Command::Identify,

@@ -15,16 +15,22 @@ use std::{
 /// Most shared areas of this process.
 const MAX_AREAS: usize = 4096;
 
-/// One area. `end` is zero while the place is free.
+/// One area. `end` is zero while the place is free, `generation` odd while it changes.
 struct Area {
+    generation: AtomicUsize,
     start: AtomicUsize,
     end: AtomicUsize,
     lost: AtomicBool,
 }
 
-static AREAS: [Area; MAX_AREAS] =
-    [const { Area { start: AtomicUsize::new(0), end: AtomicUsize::new(0), lost: AtomicBool::new(false) } };
-        MAX_AREAS];
+static AREAS: [Area; MAX_AREAS] = [const {
+    Area {
+        generation: AtomicUsize::new(0),
+        start: AtomicUsize::new(0),
+        end: AtomicUsize::new(0),
+        lost: AtomicBool::new(false),
+    }
+}; MAX_AREAS];
 /// Places from here on were never used.
 static HIGHEST: AtomicUsize = AtomicUsize::new(0);
 /// Held while places are taken and given back; the handler does without.
@@ -32,6 +38,24 @@ static CHANGING: Mutex<()> = Mutex::new(());
 static INSTALL: Once = Once::new();
 /// Who handled SIGBUS before. Written once, before our handler can run.
 static mut BEFORE: mem::MaybeUninit<libc::sigaction> = mem::MaybeUninit::uninit();
+
+impl Area {
+    /// Changes it while CHANGING is held.
+    fn change(&self, change: impl FnOnce(&Self)) {
+        self.generation.fetch_add(1, Ordering::SeqCst);
+        change(self);
+        self.generation.fetch_add(1, Ordering::SeqCst);
+    }
+
+    /// Its bounds, if they belong together: the place may be given to another area meanwhile, but not that of the area that
+    /// was touched, for who touches it holds its guard.
+    fn bounds(&self) -> Option<(usize, usize)> {
+        let before = self.generation.load(Ordering::SeqCst);
+        let bounds = (self.start.load(Ordering::SeqCst), self.end.load(Ordering::SeqCst));
+        let same = before.is_multiple_of(2) && before == self.generation.load(Ordering::SeqCst);
+        same.then_some(bounds)
+    }
+}
 
 /// Protects one area until it is dropped, which must be before the area is unmapped.
 #[derive(Debug)]
@@ -45,10 +69,12 @@ impl Guard {
         install();
         let _changing = CHANGING.lock().unwrap_or_else(PoisonError::into_inner);
         let place = AREAS.iter().position(|area| area.end.load(Ordering::Relaxed) == 0)?;
-        let area = AREAS.get(place)?;
-        area.lost.store(false, Ordering::Relaxed);
-        area.start.store(start, Ordering::Relaxed);
-        area.end.store(start.checked_add(len)?, Ordering::Release);
+        let (area, end) = (AREAS.get(place)?, start.checked_add(len)?);
+        area.change(|area| {
+            area.lost.store(false, Ordering::SeqCst);
+            area.start.store(start, Ordering::SeqCst);
+            area.end.store(end, Ordering::SeqCst);
+        });
         HIGHEST.fetch_max(place + 1, Ordering::Release);
         Some(Self { place })
     }
@@ -62,7 +88,7 @@ impl Drop for Guard {
     fn drop(&mut self) {
         let _changing = CHANGING.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(area) = AREAS.get(self.place) {
-            area.end.store(0, Ordering::Release);
+            area.change(|area| area.end.store(0, Ordering::SeqCst));
         }
     }
 }
@@ -88,8 +114,7 @@ extern "C" fn on_bus_error(_: libc::c_int, info: *mut libc::siginfo_t, _: *mut l
     let address = unsafe { (*info).si_addr() } as usize;
     let known = HIGHEST.load(Ordering::Acquire).min(MAX_AREAS);
     for area in &AREAS[..known] {
-        let end = area.end.load(Ordering::Acquire);
-        let start = area.start.load(Ordering::Relaxed);
+        let Some((start, end)) = area.bounds() else { continue };
         if (start..end).contains(&address) {
             area.lost.store(true, Ordering::Relaxed);
             // SAFETY: replaces pages of our own mapping. All of it, for huge pages cannot be replaced in parts.

@@ -252,6 +252,31 @@ fn memory_that_is_cut_short_stops_the_device_and_not_the_worker() {
     wait_for_line(&pair.rig, "shared memory was taken away");
 }
 
+#[test]
+fn write_whose_memory_was_taken_away_is_not_said_to_be_done() {
+    let mut pair = Pair::new();
+    let mut bad = pair.bad();
+    assert_eq!(bad.write(0, &[1; 4096]), 0);
+    // Data in an area of its own, ring and status in the other.
+    let far = memfd(1 << 20);
+    let area = vhost::VhostUserMemoryRegionInfo {
+        guest_phys_addr: END,
+        memory_size: 1 << 20,
+        userspace_addr: END,
+        mmap_offset: 0,
+        mmap_handle: far.as_raw_fd(),
+    };
+    bad.frontend.set_mem_table(&[bad.memory.region(), area]).unwrap();
+    let head = bad.lay_out(0, 0, OUT, 8, &[2; 4096], 0, Shape::default());
+    bad.descriptor(0, head + 1, END, 4096, NEXT, head + 2);
+    far.set_len(0).unwrap();
+    bad.offer(0, head);
+    let (used, _) = bad.next_used(0, Duration::from_secs(20)).expect("an answer");
+    assert_eq!((used, bad.status(0, 0, 0, Shape::default())), (head, 1));
+    wait_for_line(&pair.rig, "shared memory was taken away");
+    pair.check("an area that is gone");
+}
+
 /// Whether the other end hangs up, whatever it says before.
 fn wait_closed(mut stream: &UnixStream) -> bool {
     use std::io::{ErrorKind, Read};
