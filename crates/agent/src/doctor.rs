@@ -3,6 +3,7 @@
 //! Only looks: changes nothing, asks neither libvirt nor the server. A file that cannot be read finds nothing, except
 //! where its absence is the finding. Reads are bounded, for this runs with every inventory.
 
+mod landlock;
 mod speed;
 mod swap;
 
@@ -49,6 +50,7 @@ pub fn findings(config: &AgentConfig, root: &Path) -> Vec<Warning> {
         host.disk_user(),
         host.qemu_group(),
         secret_memory(protection()),
+        landlock::finding(),
         speed::io_uring(&host),
         speed::cipher(&host),
     ]

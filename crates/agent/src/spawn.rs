@@ -131,21 +131,17 @@ pub fn spawn(
             .stdin(Stdio::null())
             .stdout(Stdio::null())
             .stderr(stderr);
-        if let Some(user) = user {
-            // With a user set, the standard library also drops all supplementary groups.
-            command.gid(user.gid).uid(user.uid);
-        }
         // SAFETY: between fork and exec only async-signal-safe calls are made, and nothing is allocated.
         unsafe {
-            command.pre_exec(move || prepare_child(from, lifetime));
+            command.pre_exec(move || prepare_child(from, user, lifetime));
         }
         command.spawn()
     };
     start().map_err(|source| SpawnError::Start { program: program.to_owned(), source })
 }
 
-/// Runs in the child, after its user was changed: changing it clears the parent-death signal.
-fn prepare_child(setup: i32, lifetime: Lifetime) -> io::Result<()> {
+/// Runs in the child.
+fn prepare_child(setup: i32, user: Option<ServiceUser>, lifetime: Lifetime) -> io::Result<()> {
     let check = |result: libc::c_long| if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) };
     // SAFETY: system calls on descriptors of this process, without pointers. Descriptors from 4 on stay open until exec
     // closes them, the standard library's own among them.
@@ -158,6 +154,17 @@ fn prepare_child(setup: i32, lifetime: Lifetime) -> io::Result<()> {
             u32::MAX as libc::c_long,
             flags,
         ))?;
+        if let Some(user) = user {
+            // No network. Only root can; where it cannot either, in a container, the child says so in its status.
+            libc::unshare(libc::CLONE_NEWNET);
+            // The limit on pinned and locked memory counts all disk processes together, so what one may have says little.
+            let all = libc::rlimit { rlim_cur: libc::RLIM_INFINITY, rlim_max: libc::RLIM_INFINITY };
+            libc::setrlimit(libc::RLIMIT_MEMLOCK, &raw const all);
+            check(libc::setgroups(0, std::ptr::null()).into())?;
+            check(libc::setresgid(user.gid, user.gid, user.gid).into())?;
+            check(libc::setresuid(user.uid, user.uid, user.uid).into())?;
+        }
+        // After that, for a change of the user clears the parent-death signal.
         match lifetime {
             Lifetime::WithParent => check(libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL).into()),
             Lifetime::Own => check(libc::setsid().into()),
@@ -223,12 +230,14 @@ mod tests {
         let text = answer(
             Some(nobody),
             Lifetime::Own,
-            "read line <&3; { id -u; id -G; ps -o sid= -p $$; echo $$; } >&3",
+            "read line <&3; { id -u; id -G; ps -o sid= -p $$; echo $$; readlink /proc/self/ns/net; } >&3",
         );
         let lines: Vec<_> = text.split_whitespace().collect();
         assert_eq!(lines[0], nobody.uid.to_string());
         assert_eq!(lines[1], nobody.gid.to_string());
         assert_eq!(lines[2], lines[3], "its own session");
+        let ours = std::fs::read_link("/proc/self/ns/net").unwrap();
+        assert_ne!(Path::new(lines[4]), ours, "its own network");
         assert!(matches!(ServiceUser::find("no such user"), Err(SpawnError::NoUser { .. })));
     }
 

@@ -11,7 +11,7 @@ use std::{
 };
 
 use vmseal_model::{
-    control::{ControlReply, ControlRequest, DiskStatus},
+    control::{ControlReply, ControlRequest, DiskStatus, SandboxStatus},
     id::{DomainUuid, VmId},
 };
 
@@ -40,6 +40,8 @@ pub struct Worker {
     pub keeper_pid: i32,
     /// The uid that set it up.
     pub owner: u32,
+    /// What walls stand around it.
+    pub sandbox: SandboxStatus,
     /// Its disks.
     pub exports: Vec<Arc<Export>>,
 }
@@ -54,6 +56,7 @@ impl Worker {
             worker_pid: std::process::id().cast_signed(),
             keeper_pid: self.keeper_pid,
             secret_memory: vmseal_keys::protection().to_string(),
+            sandbox: self.sandbox.clone(),
             disks: self.exports.iter().map(|export| export.status()).collect(),
         }
     }

@@ -17,7 +17,7 @@ use vmseal_xts::Cipher;
 use crate::{
     EXIT_DONE, EXIT_FAILED, EXIT_SETUP,
     descriptors::hung_up,
-    frame, log,
+    frame, log, sandbox,
     setup::{DiskDefect, KeyMemory, SetupError, layout_of},
     store::{FileStore, Store, StoreError},
     volume::{Volume, VolumeError},
@@ -114,6 +114,9 @@ pub fn run(socket: UnixStream) -> i32 {
         Ok(work) => work,
         Err(error) => return end(&socket, &with_causes(&error), EXIT_SETUP),
     };
+    if let Err(error) = sandbox::enter(None, None) {
+        return end(&socket, &with_causes(&error), EXIT_FAILED);
+    }
     match work.run(&socket) {
         Ok(sha256) => match frame::send(&socket, &JobEvent::Done { sha256 }, &[]) {
             Ok(()) => EXIT_DONE,

@@ -19,11 +19,12 @@ use std::{
 use vmseal_model::control::SETUP_FD;
 
 use crate::{
-    EXIT_DONE, EXIT_FAILED, EXIT_SETUP,
+    EXIT_DONE, EXIT_FAILED, EXIT_SETUP, EXIT_STOPPED,
     descriptors::{block_signals, peer_of},
     frame::{self, RawFrame},
     latch::SharedPage,
     log,
+    sandbox::{network, privileges},
 };
 
 /// A worker that lived this long had started well: the next restart is immediate again.
@@ -47,6 +48,11 @@ pub fn run(setup: UnixStream) -> i32 {
     };
     // SAFETY: ignoring a signal installs no handler.
     unsafe { libc::signal(libc::SIGHUP, libc::SIG_IGN) };
+    // Where it may; whether it did is seen by the worker.
+    let _ = network::leave();
+    if let Err(error) = privileges::drop_all() {
+        return failed(format_args!("keeper cannot drop its privileges: {error}"));
+    }
     // The maker of the setup socket is the agent; only its uid and root may give orders later.
     let owner = match peer_of(&setup) {
         Ok(peer) => peer.uid,
@@ -109,6 +115,7 @@ fn keep(frame: &RawFrame, owner: u32, signals: &libc::sigset_t) -> i32 {
 fn cause(status: ExitStatus) -> String {
     match (status.signal(), status.code()) {
         (Some(signal), _) => format!("signal {signal}"),
+        (_, Some(EXIT_STOPPED)) => "stopped by its sandbox".into(),
         (_, Some(code)) => format!("exit code {code}"),
         _ => "unknown cause".into(),
     }

@@ -1,4 +1,4 @@
-//! A page of memory that outlives a worker: which disks had a flush that failed.
+//! A page of memory that outlives a worker: which disks had a flush that failed, and what the sandbox stopped.
 //!
 //! The keeper makes it and hands it to each worker as the last descriptor; it never looks inside. A failed flush is
 //! told by the kernel once: a worker that starts afresh would hear "durable" about pages that were lost, so it begins
@@ -11,7 +11,7 @@ use std::{
     ptr::NonNull,
     sync::{
         Arc,
-        atomic::{AtomicU8, Ordering},
+        atomic::{AtomicU8, AtomicU32, Ordering},
     },
 };
 
@@ -19,6 +19,8 @@ use std::{
 const BYTES: usize = 4096;
 /// Disks it has a byte for, from its start on.
 const DISKS: usize = 256;
+/// Where the words for the sandbox's report lie.
+const REPORT: usize = 1024;
 const SEALS: libc::c_int = libc::F_SEAL_SHRINK | libc::F_SEAL_GROW | libc::F_SEAL_SEAL;
 
 /// The memory, mapped; shared with every worker of the same keeper.
@@ -89,6 +91,23 @@ impl SharedPage {
         assert!(disk < DISKS, "a setup has fewer disks");
         // SAFETY: within the page, which is mapped as long as `self` lives; everybody uses atomics.
         unsafe { AtomicU8::from_ptr(self.base.as_ptr().add(disk)) }
+    }
+
+    fn word(&self, index: usize) -> &AtomicU32 {
+        // SAFETY: within the page and aligned; as above.
+        unsafe { AtomicU32::from_ptr(self.base.as_ptr().add(REPORT).cast::<u32>().add(index & 1)) }
+    }
+
+    /// Notes that the sandbox stopped a system call. Async-signal-safe.
+    pub fn note_stopped(&self, system_call: u32) {
+        self.word(1).store(system_call, Ordering::Relaxed);
+        self.word(0).fetch_add(1, Ordering::Release);
+    }
+
+    /// How many system calls the sandbox stopped, and which was the last.
+    pub fn stopped(&self) -> (u32, Option<u32>) {
+        let count = self.word(0).load(Ordering::Acquire);
+        (count, (count > 0).then(|| self.word(1).load(Ordering::Relaxed)))
     }
 }
 
@@ -161,11 +180,15 @@ mod tests {
         let first = SharedPage::map(fd.as_fd()).unwrap();
         let latches: Vec<_> = (0..3).map(|disk| FlushLatch::shared(first.clone(), disk)).collect();
         assert!(latches.iter().all(|latch| !latch.is_set()));
+        assert_eq!(first.stopped(), (0, None));
         latches[1].set();
+        first.note_stopped(41);
+        first.note_stopped(257);
         drop((first, latches));
         let second = SharedPage::map(fd.as_fd()).unwrap();
         let set: Vec<_> = (0..3).map(|disk| FlushLatch::shared(second.clone(), disk).is_set()).collect();
         assert_eq!(set, [false, true, false]);
+        assert_eq!(second.stopped(), (2, Some(257)));
     }
 
     #[test]

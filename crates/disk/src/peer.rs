@@ -9,7 +9,7 @@ use std::{
     fs::File,
     io::{self, Read},
     os::{
-        fd::{AsRawFd, FromRawFd, OwnedFd},
+        fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd},
         unix::net::UnixStream,
     },
 };
@@ -81,6 +81,14 @@ impl PeerPolicy {
             "." | ".." => None,
             name if name.contains('/') || name.len() > 255 => None,
             name => Some(Self::QemuPidFile { directory, name: CString::new(name).ok()? }),
+        }
+    }
+
+    /// The directory in which a file is read for each connection.
+    pub fn directory(&self) -> Option<BorrowedFd<'_>> {
+        match self {
+            Self::QemuPidFile { directory, .. } => Some(directory.as_fd()),
+            Self::Owner { .. } => None,
         }
     }
 

@@ -15,7 +15,7 @@ use crate::{
     EXIT_DONE, EXIT_FAILED, EXIT_SETUP,
     control::{self, Worker},
     descriptors::{block_signals, is_unix_listener},
-    engine, frame, lane, log,
+    engine, frame, lane, log, sandbox,
     setup::{self, Prepared},
 };
 
@@ -56,7 +56,8 @@ pub fn run(socket: UnixStream, keeper: i32, owner: u32) -> i32 {
         }
         Err(message) => {
             log::line(format_args!("cannot serve: {message}"));
-            if let Some(control) = control {
+            // It still reads what comes on the control socket.
+            if let Some(control) = control.filter(|_| sandbox::enter(None, None).is_ok()) {
                 control::tell_refusal(&UnixListener::from(control), owner, &message);
             }
             EXIT_SETUP
@@ -81,8 +82,15 @@ pub(crate) fn with_causes(error: &dyn std::error::Error) -> String {
 }
 
 fn serve(prepared: Prepared, keeper: i32, owner: u32, signals: &libc::sigset_t) -> i32 {
-    // Headers stay open, and the page mapped, as long as this function runs, which is as long as the worker serves.
-    let Prepared { vm, domain, control, policy, exports, headers: _headers, page: _page } = prepared;
+    // Headers stay open as long as this function runs, which is as long as the worker serves.
+    let Prepared { vm, domain, control, policy, exports, headers: _headers, page } = prepared;
+    let sandbox = match sandbox::enter(policy.directory(), Some(page)) {
+        Ok(sandbox) => sandbox,
+        Err(error) => {
+            return failed(format_args!("worker has no sandbox: {}", with_causes(&error)), EXIT_FAILED);
+        }
+    };
+    log::line(format_args!("{}", sandbox::describe(&sandbox)));
     let policy = Arc::new(policy);
     let mut served = Vec::new();
     let mut listeners = Vec::new();
@@ -91,7 +99,7 @@ fn serve(prepared: Prepared, keeper: i32, owner: u32, signals: &libc::sigset_t) 
         served.push(export.clone());
         listeners.push((export, listener));
     }
-    let worker = Arc::new(Worker { vm, domain, keeper_pid: keeper, owner, exports: served });
+    let worker = Arc::new(Worker { vm, domain, keeper_pid: keeper, owner, sandbox, exports: served });
     log::line(format_args!("serving {} disks of VM {vm} (domain {domain})", listeners.len()));
     for (export, listener) in listeners {
         let policy = policy.clone();

@@ -179,8 +179,28 @@ pub struct DiskStatus {
     pub keeper_pid: i32,
     /// `memfd_secret` or `mlock`.
     pub secret_memory: String,
+    /// What walls stand around the worker.
+    #[serde(default)]
+    pub sandbox: SandboxStatus,
     /// Its disks.
     pub disks: Vec<ExportStatus>,
+}
+
+/// What a worker cannot do any more, whoever takes it over.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SandboxStatus {
+    /// Whether system calls are filtered.
+    pub seccomp: bool,
+    /// Version of landlock's interface; 0 if this kernel has none: files can be opened by name then.
+    pub landlock: u32,
+    /// Whether it is in a network namespace without an interface that is up. It can make no socket either way.
+    pub network: bool,
+    /// Workers before it, of the same keeper, that were ended for a system call they have no business with.
+    #[serde(default)]
+    pub stopped: u32,
+    /// Number of the last such call.
+    #[serde(default)]
+    pub last_stopped: Option<u32>,
 }
 
 /// State of one export.

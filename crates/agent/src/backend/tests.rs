@@ -1,6 +1,6 @@
 use std::os::unix::net::UnixListener;
 
-use vmseal_model::id::VmId;
+use vmseal_model::{control::SandboxStatus, id::VmId};
 
 use super::*;
 use crate::scratch::Scratch;
@@ -32,6 +32,7 @@ fn answer_once(backends: &Backends, vm: VmId, keeper_pid: i32) -> thread::JoinHa
         worker_pid: 0,
         keeper_pid,
         secret_memory: "mlock".into(),
+        sandbox: SandboxStatus::default(),
         disks: Vec::new(),
     };
     thread::spawn(move || {

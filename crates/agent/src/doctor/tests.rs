@@ -251,6 +251,12 @@ fn locked_memory_in_place_of_secret_memory_is_found() {
 }
 
 #[test]
+fn kernel_without_landlock_is_found() {
+    assert_eq!(landlock::of(1), None);
+    assert_eq!(landlock::of(-1).unwrap().code, "no-landlock");
+}
+
+#[test]
 fn io_uring_that_the_disk_process_may_not_use_is_found() {
     let lab = Lab::new();
     let set = |disabled: &str, group: &str| {

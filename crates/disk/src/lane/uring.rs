@@ -14,14 +14,12 @@ use std::{
 };
 
 use io_uring::{
-    IoUring, cqueue, opcode,
-    register::Restriction,
-    squeue,
+    IoUring, cqueue, opcode, squeue,
     types::{Fixed, SubmitArgs, Timespec},
 };
 
 use super::Outbox;
-use crate::flush_gate::Bell;
+use crate::{flush_gate::Bell, sandbox};
 
 /// What the ring may do.
 pub const OPCODES: [u8; 8] = [
@@ -120,7 +118,8 @@ impl Uring {
             Err(error) if error.raw_os_error() == Some(libc::ENOMEM) => false,
             Err(error) => return Err(error),
         };
-        restrict(&ring)?;
+        // SAFETY: the descriptor is open as long as the ring lives.
+        sandbox::ring::restrict(unsafe { BorrowedFd::borrow_raw(ring.as_raw_fd()) }, &OPCODES, 0)?;
         Ok(Self {
             ring,
             bell_armed: false,
@@ -295,19 +294,3 @@ fn build() -> io::Result<IoUring> {
         other => other,
     }
 }
-
-/// Nothing but [`OPCODES`], on descriptors of the table; then the ring is enabled.
-fn restrict(ring: &IoUring) -> io::Result<()> {
-    let fixed = squeue::Flags::FIXED_FILE.bits();
-    let mut rules: Vec<Restriction> = OPCODES.iter().map(|code| Restriction::sqe_op(*code)).collect();
-    rules.extend([
-        Restriction::sqe_flags_allowed(fixed),
-        Restriction::sqe_flags_required(fixed),
-        Restriction::register_op(IORING_REGISTER_FILES_UPDATE),
-    ]);
-    ring.submitter().register_restrictions(&mut rules)?;
-    ring.submitter().register_enable_rings()
-}
-
-/// From linux/io_uring.h; the crate does not name it.
-const IORING_REGISTER_FILES_UPDATE: u8 = 6;

@@ -15,6 +15,7 @@ mod nbd_client;
 mod peers;
 mod remote;
 mod rig;
+mod sandbox;
 mod tools;
 mod unprivileged;
 mod vhost_crash;
