@@ -1,9 +1,12 @@
 //! The control socket of a worker: how it is, and the order to end.
 
 use std::{
-    os::unix::net::{UnixListener, UnixStream},
+    os::{
+        fd::{AsFd, OwnedFd},
+        unix::net::{UnixListener, UnixStream},
+    },
     sync::{
-        Arc,
+        Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicUsize, Ordering},
     },
     thread,
@@ -15,7 +18,12 @@ use vmseal_model::{
     id::{DomainUuid, VmId},
 };
 
-use crate::{export::Export, frame, log, peer};
+use crate::{
+    export::Export,
+    frame::{self, FrameError},
+    log, notice, peer,
+    worker::with_causes,
+};
 
 /// Most control connections at a time.
 const MAX_CONTROL: usize = 8;
@@ -40,6 +48,8 @@ pub struct Worker {
     pub keeper_pid: i32,
     /// The uid that set it up.
     pub owner: u32,
+    /// The way to its keeper.
+    pub keeper: Mutex<UnixStream>,
     /// What walls stand around it.
     pub sandbox: SandboxStatus,
     /// Its disks.
@@ -59,6 +69,43 @@ impl Worker {
             sandbox: self.sandbox.clone(),
             disks: self.exports.iter().map(|export| export.status()).collect(),
         }
+    }
+
+    /// Tells the keeper that this worker serves.
+    ///
+    /// # Errors
+    ///
+    /// The keeper is gone.
+    pub fn say_serves(&self) -> Result<(), FrameError> {
+        notice::say_serves(&self.keeper())
+    }
+
+    /// Makes ready for a worker from another program: the keeper has taken it, what clients had asked for is answered,
+    /// and nothing more is taken from them.
+    ///
+    /// # Errors
+    ///
+    /// One line that says why not; the worker serves on then.
+    pub fn make_room(&self, program: Vec<OwnedFd>) -> Result<(), String> {
+        let [program] = <[OwnedFd; 1]>::try_from(program).map_err(|_| {
+            "an upgrade comes with one descriptor: the new program, opened for reading".to_owned()
+        })?;
+        // Held to the end: there is one upgrade.
+        let keeper = self.keeper();
+        notice::ask_upgrade(&keeper, program.as_fd()).map_err(|error| with_causes(&error))?;
+        log::line(format_args!("making room for a worker from another program"));
+        for export in &self.exports {
+            export.stop_listening();
+        }
+        let deadline = Instant::now() + CUT;
+        for export in &self.exports {
+            export.finish_connections(deadline);
+        }
+        Ok(())
+    }
+
+    fn keeper(&self) -> MutexGuard<'_, UnixStream> {
+        self.keeper.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Makes ready for the end: no new clients, none left, everything flushed.
@@ -140,6 +187,13 @@ fn answer(stream: &UnixStream, worker: &Worker) {
                     log::line(format_args!("ending as asked"));
                     let _ = frame::send(stream, &ControlReply::Stopping, &[]);
                     crate::end_process(crate::EXIT_DONE);
+                }
+                Err(message) => ControlReply::Refused { message },
+            },
+            Ok(Some((ControlRequest::Upgrade, fds))) => match worker.make_room(fds) {
+                Ok(()) => {
+                    let _ = frame::send(stream, &ControlReply::Upgrading, &[]);
+                    crate::end_process(crate::EXIT_UPGRADE);
                 }
                 Err(message) => ControlReply::Refused { message },
             },

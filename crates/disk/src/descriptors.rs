@@ -7,6 +7,7 @@ use std::{
         fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd},
         unix::net::UnixStream,
     },
+    time::Duration,
 };
 
 use vmseal_model::control::SETUP_FD;
@@ -129,6 +130,20 @@ pub fn hung_up(socket: &UnixStream) -> bool {
     // SAFETY: one pollfd, valid for the call, which returns at once.
     let ready = unsafe { libc::poll(&mut poll, 1, 0) };
     ready == 1 && poll.revents & (libc::POLLHUP | libc::POLLRDHUP | libc::POLLERR) != 0
+}
+
+/// Waits until one of the descriptors can be read or has ended; which. Longer limits than a minute are cut to that.
+pub fn ready<const N: usize>(fds: [Option<BorrowedFd<'_>>; N], limit: Option<Duration>) -> [bool; N] {
+    // A negative descriptor is passed over.
+    let mut polls = fds.map(|fd| libc::pollfd {
+        fd: fd.map_or(-1, |fd| fd.as_raw_fd()),
+        events: libc::POLLIN,
+        revents: 0,
+    });
+    let limit = limit.map_or(-1, |limit| limit.as_micros().div_ceil(1000).min(60_000) as libc::c_int);
+    // SAFETY: as many as said. On an error, which is an interruption, no field is changed.
+    unsafe { libc::poll(polls.as_mut_ptr(), N as libc::nfds_t, limit) };
+    polls.map(|poll| poll.revents != 0)
 }
 
 /// A type that is plain bytes to the kernel.

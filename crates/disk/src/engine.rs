@@ -29,8 +29,8 @@ const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 pub fn accept_for(listener: &UnixListener, export: &Arc<Export>, policy: &PeerPolicy) -> ! {
     let threads = Arc::new(AtomicUsize::new(0));
     loop {
-        let stream = match listener.accept() {
-            Ok((stream, _)) => stream,
+        let stream = match export.next_client(listener) {
+            Ok(stream) => stream,
             Err(error) => {
                 log::line(format_args!("{}: cannot accept: {error}", export.target()));
                 thread::sleep(ACCEPT_PAUSE);

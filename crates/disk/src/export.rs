@@ -5,11 +5,15 @@
 
 use std::{
     io,
-    os::unix::net::UnixStream,
+    os::{
+        fd::AsFd,
+        unix::net::{UnixListener, UnixStream},
+    },
     sync::{
         Arc, Condvar, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicU64, Ordering},
     },
+    thread,
     time::{Duration, Instant},
 };
 
@@ -18,7 +22,12 @@ use vmseal_model::{
     id::DiskId,
 };
 
-use crate::{descriptors::hung_up, vhost_user::Link, volume::Volume};
+use crate::{
+    descriptors::{hung_up, ready},
+    flush_gate::Bell,
+    vhost_user::Link,
+    volume::Volume,
+};
 
 /// Most connections of the one client.
 pub const MAX_CONNECTIONS: usize = 16;
@@ -76,16 +85,22 @@ pub struct Export {
     read_bytes: AtomicU64,
     written_bytes: AtomicU64,
     refused: AtomicU64,
+    /// Rings when no more clients are to be taken from the listener.
+    stop: Option<Bell>,
 }
 
 #[derive(Default)]
 struct Clients {
     /// No new ones: this process ends.
     closed: bool,
+    /// Connections that were finished stay open until the process ends, and they with it: a client that sees its end
+    /// connects again, and must find the next worker.
+    finishing: bool,
     /// The process that has the disk; zero if none.
     pid: i32,
     next_id: u64,
     connections: Vec<(u64, UnixStream)>,
+    finished: Vec<UnixStream>,
 }
 
 impl Clients {
@@ -116,6 +131,8 @@ impl Export {
             read_bytes: AtomicU64::new(0),
             written_bytes: AtomicU64::new(0),
             refused: AtomicU64::new(0),
+            // Without, a client that connects at the moment of an upgrade is turned away and tries again.
+            stop: Bell::new().ok(),
         }
     }
 
@@ -247,6 +264,47 @@ impl Export {
         }
     }
 
+    /// The next client at the disk's listener; nobody once [`Export::stop_listening`] was called.
+    ///
+    /// # Errors
+    ///
+    /// As `accept(2)`.
+    pub fn next_client(&self, listener: &UnixListener) -> io::Result<UnixStream> {
+        loop {
+            let [stop, client] = ready([self.stop.as_ref().map(AsFd::as_fd), Some(listener.as_fd())], None);
+            if stop {
+                thread::park();
+            } else if client {
+                return listener.accept().map(|(stream, _)| stream);
+            }
+        }
+    }
+
+    /// Leaves who connects from now on for the next worker.
+    pub fn stop_listening(&self) {
+        if let Some(stop) = &self.stop {
+            stop.ring();
+        }
+    }
+
+    /// Takes no more requests, has those that were taken answered, and waits for that until `deadline`. Clients see the
+    /// end of their connections only when this process ends.
+    pub fn finish_connections(&self, deadline: Instant) {
+        let mut clients = self.clients();
+        clients.closed = true;
+        clients.finishing = true;
+        for (_, stream) in &clients.connections {
+            let _ = stream.shutdown(std::net::Shutdown::Read);
+        }
+        while !clients.connections.is_empty() {
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return;
+            }
+            clients = self.changed.wait_timeout(clients, left).unwrap_or_else(PoisonError::into_inner).0;
+        }
+    }
+
     /// What the control socket says about it.
     pub fn status(&self) -> ExportStatus {
         ExportStatus {
@@ -274,7 +332,12 @@ pub struct Admission {
 impl Drop for Admission {
     fn drop(&mut self) {
         let mut clients = self.export.clients();
-        clients.connections.retain(|(id, _)| *id != self.id);
+        if let Some(at) = clients.connections.iter().position(|(id, _)| *id == self.id) {
+            let (_, stream) = clients.connections.swap_remove(at);
+            if clients.finishing {
+                clients.finished.push(stream);
+            }
+        }
         if clients.connections.is_empty() {
             clients.pid = 0;
         }

@@ -135,7 +135,11 @@ pub fn receive_raw(socket: &UnixStream) -> Result<Option<RawFrame>, FrameError> 
 }
 
 /// Sends a first part of `bytes` with all of `fds`; gives how many bytes went.
-fn send_with_fds(socket: &UnixStream, bytes: &[u8], fds: &[BorrowedFd<'_>]) -> Result<usize, FrameError> {
+pub(crate) fn send_with_fds(
+    socket: &UnixStream,
+    bytes: &[u8],
+    fds: &[BorrowedFd<'_>],
+) -> Result<usize, FrameError> {
     let mut ancillary = [0u64; ANCILLARY_WORDS];
     let mut part = libc::iovec { iov_base: bytes.as_ptr() as *mut libc::c_void, iov_len: bytes.len() };
     // SAFETY: msghdr is plain data; all zero is its empty value.
@@ -169,7 +173,10 @@ fn send_with_fds(socket: &UnixStream, bytes: &[u8], fds: &[BorrowedFd<'_>]) -> R
 }
 
 /// Receives up to `bytes.len()` bytes and whatever descriptors come with them.
-fn receive_with_fds(socket: &UnixStream, bytes: &mut [u8]) -> Result<(usize, Vec<OwnedFd>), FrameError> {
+pub(crate) fn receive_with_fds(
+    socket: &UnixStream,
+    bytes: &mut [u8],
+) -> Result<(usize, Vec<OwnedFd>), FrameError> {
     let mut ancillary = [0u64; ANCILLARY_WORDS];
     let received = descriptors::receive_with_fds(socket.as_fd(), bytes, &mut ancillary)?;
     if received.truncated {

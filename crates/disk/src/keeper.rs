@@ -1,12 +1,15 @@
 //! Keeps a VM's worker alive and, for it, what a worker is made of: one frame and its descriptors, both opaque.
 //!
-//! It parses nothing and maps nothing, so that what a guest or a client sends can never reach it. It outlives the
-//! agent (own session; what happens on the setup socket after the setup does not matter), and no worker outlives it.
+//! It parses nothing and maps nothing, so that what a guest or a client sends can never reach it; of its worker it hears
+//! single bytes. It stays the program it was started from, whatever its workers are upgraded to. It outlives the agent
+//! (own session; what happens on the setup socket after the setup does not matter), and no worker outlives it.
 
 use std::{
-    io, mem,
+    fs::File,
+    io::{self, Read},
+    mem,
     os::{
-        fd::{AsFd, AsRawFd},
+        fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd},
         unix::{
             net::UnixStream,
             process::{CommandExt, ExitStatusExt},
@@ -19,11 +22,13 @@ use std::{
 use vmseal_model::control::SETUP_FD;
 
 use crate::{
-    EXIT_DONE, EXIT_FAILED, EXIT_SETUP, EXIT_STOPPED,
-    descriptors::{block_signals, peer_of},
+    EXIT_DONE, EXIT_FAILED, EXIT_SETUP, EXIT_STOPPED, EXIT_UPGRADE,
+    descriptors::{block_signals, peer_of, ready},
     frame::{self, RawFrame},
     latch::SharedPage,
     log,
+    notice::{self, Notice},
+    program::{Program, Programs},
     sandbox::{network, privileges},
 };
 
@@ -35,6 +40,8 @@ const FIRST_WAIT: Duration = Duration::from_millis(50);
 const LONGEST_WAIT: Duration = Duration::from_secs(2);
 /// How long a dead worker's requests may last before a line is worth it.
 const PATIENCE_MS: libc::c_int = 1000;
+/// How long a worker from a new program may take until it serves.
+const TRIAL: Duration = Duration::from_secs(5);
 /// How long a new worker may take to pick up its setup.
 const HAND_OVER: Duration = Duration::from_secs(10);
 
@@ -42,7 +49,7 @@ const HAND_OVER: Duration = Duration::from_secs(10);
 pub fn run(setup: UnixStream) -> i32 {
     // SAFETY: setsid has no arguments. It fails only where this process leads a group already, which is as good.
     unsafe { libc::setsid() };
-    let signals = match block_signals(&[libc::SIGTERM, libc::SIGINT, libc::SIGCHLD]) {
+    let signals = match Signals::block(&[libc::SIGTERM, libc::SIGINT, libc::SIGCHLD]) {
         Ok(signals) => signals,
         Err(error) => return failed(format_args!("keeper cannot block signals: {error}")),
     };
@@ -71,42 +78,61 @@ pub fn run(setup: UnixStream) -> i32 {
     keep(&frame, owner, &signals)
 }
 
-/// A worker that lived so long had taken its setup: one that has not says so at once and waits a minute to be heard.
-const LIVED: Duration = Duration::from_secs(90);
-
 fn failed(text: std::fmt::Arguments<'_>) -> i32 {
     log::line(text);
     EXIT_SETUP
 }
 
-fn keep(frame: &RawFrame, owner: u32, signals: &libc::sigset_t) -> i32 {
+fn keep(frame: &RawFrame, owner: u32, signals: &Signals) -> i32 {
     let mut backoff = Backoff::default();
+    let mut programs = Programs::default();
     // A setup that was good once is not bad now: what a later worker finds wrong may pass, and a guest waits for it.
     let mut was_good = false;
     loop {
         let started = Instant::now();
-        match start_worker(frame, owner) {
-            Ok((mut worker, witness)) => {
-                let (status, told_to_end) = wait_for(&mut worker, signals);
+        match start_worker(frame, owner, programs.choose()) {
+            Ok((worker, socket)) => {
+                let mut attendance =
+                    Attendance { worker, socket, deaf: false, served: false, told_to_end: false };
+                let status = attendance.attend(signals, &mut programs, owner);
+                let pid = attendance.worker.id();
                 // Also before this keeper ends: its descriptors are the lock on the volumes.
-                wait_for_requests(&witness, worker.id());
+                wait_for_requests(&attendance.socket, pid);
+                was_good |= attendance.served;
                 match status {
-                    _ if told_to_end => return EXIT_DONE,
-                    Ok(status) if status.code() == Some(EXIT_DONE) => return EXIT_DONE,
-                    Ok(status) if status.code() == Some(EXIT_SETUP) && !was_good => return EXIT_SETUP,
-                    Ok(status) => log::line(format_args!("worker {} died ({})", worker.id(), cause(status))),
+                    _ if attendance.told_to_end => return EXIT_DONE,
+                    Ok(status) => match status.code() {
+                        // Whatever it ends with, it is the program that is on trial, not the setup.
+                        _ if programs.on_trial() => {
+                            log::line(format_args!(
+                                "worker {pid} ended before it served ({})",
+                                cause(status)
+                            ));
+                        }
+                        Some(EXIT_DONE) => return EXIT_DONE,
+                        Some(EXIT_SETUP) if !was_good => return EXIT_SETUP,
+                        Some(EXIT_UPGRADE) => log::line(format_args!("worker {pid} made room for the next")),
+                        _ => log::line(format_args!("worker {pid} died ({})", cause(status))),
+                    },
                     Err(error) => {
-                        log::line(format_args!("keeper cannot wait for worker {}: {error}", worker.id()));
+                        log::line(format_args!("keeper cannot wait for worker {pid}: {error}"));
                         return EXIT_FAILED;
                     }
                 }
             }
             Err(error) => log::line(format_args!("worker does not start: {error}")),
         }
-        was_good |= started.elapsed() >= LIVED;
+        if programs.fall_back() {
+            log::line(format_args!("the new program does not serve: going back to the one before"));
+            continue;
+        }
+        if programs.has_next() {
+            log::line(format_args!("starting a worker from the new program"));
+            continue;
+        }
         let wait = backoff.after(started.elapsed());
         log::line(format_args!("starting a new worker in {} ms", wait.as_millis()));
-        if !wait.is_zero() && matches!(next_signal(signals, Some(wait)), Some(libc::SIGTERM | libc::SIGINT)) {
+        if !wait.is_zero() && signals.told_to_end_within(wait) {
             return EXIT_DONE;
         }
     }
@@ -121,14 +147,14 @@ fn cause(status: ExitStatus) -> String {
     }
 }
 
-/// Starts a worker from this very program (also if its file was replaced meanwhile) and hands it the setup.
+/// Starts a worker and hands it the setup.
 ///
 /// The other end of the socket stays open in the worker, and in the kernel while requests of it are under way.
-fn start_worker(frame: &RawFrame, owner: u32) -> io::Result<(Child, UnixStream)> {
+fn start_worker(frame: &RawFrame, owner: u32, program: &Program) -> io::Result<(Child, UnixStream)> {
     let (ours, theirs) = UnixStream::pair()?;
     // SAFETY: getpid has no arguments.
     let keeper = unsafe { libc::getpid() };
-    let mut command = Command::new("/proc/self/exe");
+    let mut command = Command::new(program.path());
     command.arg0("vmseal-disk").arg("worker").arg(keeper.to_string()).arg(owner.to_string()).env_clear();
     let socket = theirs.as_raw_fd();
     // SAFETY: the closure runs in the child between fork and exec and makes only async-signal-safe system calls; it
@@ -183,42 +209,120 @@ fn check(result: libc::c_int) -> io::Result<()> {
     if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
 }
 
-/// Waits for the worker's end; passes a wish to end on to it: first politely, the second time by SIGKILL.
-fn wait_for(worker: &mut Child, signals: &libc::sigset_t) -> (io::Result<ExitStatus>, bool) {
-    let mut told_to_end = false;
-    loop {
-        match worker.try_wait() {
-            Ok(Some(status)) => return (Ok(status), told_to_end),
-            Ok(None) => {}
-            Err(error) => return (Err(error), told_to_end),
+/// A worker that runs, and what it has told.
+struct Attendance {
+    worker: Child,
+    socket: UnixStream,
+    /// The worker said what no worker says: it is not listened to any more.
+    deaf: bool,
+    served: bool,
+    told_to_end: bool,
+}
+
+impl Attendance {
+    /// Waits for the worker's end and hears what it tells. Passes a wish to end on to it: first politely, the second
+    /// time by SIGKILL. One whose program is on trial is killed if it takes too long to serve.
+    fn attend(&mut self, signals: &Signals, programs: &mut Programs, owner: u32) -> io::Result<ExitStatus> {
+        let trial = programs.on_trial().then(|| Instant::now() + TRIAL);
+        loop {
+            if let Some(status) = self.worker.try_wait()? {
+                // What it told last may lie there still.
+                while self.hears(Some(Duration::ZERO), None) {
+                    self.hear(programs, owner);
+                }
+                return Ok(status);
+            }
+            let limit = trial
+                .filter(|_| !self.served && !self.told_to_end)
+                .map(|until| until.saturating_duration_since(Instant::now()));
+            if limit.is_some_and(|limit| limit.is_zero()) {
+                self.worker.kill()?;
+                return self.worker.wait();
+            }
+            if self.hears(limit, Some(signals)) {
+                self.hear(programs, owner);
+            }
+            while let Some(signal) = signals.next() {
+                if matches!(signal, libc::SIGTERM | libc::SIGINT) {
+                    let signal = if self.told_to_end { libc::SIGKILL } else { libc::SIGTERM };
+                    self.told_to_end = true;
+                    // SAFETY: the worker is our child and not yet waited for, so the pid is its own.
+                    unsafe { libc::kill(self.worker.id() as libc::pid_t, signal) };
+                }
+            }
         }
-        if let Some(libc::SIGTERM | libc::SIGINT) = next_signal(signals, None) {
-            let signal = if told_to_end { libc::SIGKILL } else { libc::SIGTERM };
-            told_to_end = true;
-            // SAFETY: the worker is our child and not yet waited for, so the pid is its own.
-            unsafe { libc::kill(worker.id() as libc::pid_t, signal) };
+    }
+
+    /// Waits for a notice, or a signal; whether there is a notice.
+    fn hears(&self, limit: Option<Duration>, signals: Option<&Signals>) -> bool {
+        let fds = [(!self.deaf).then_some(self.socket.as_fd()), signals.map(AsFd::as_fd)];
+        ready(fds, limit)[0]
+    }
+
+    fn hear(&mut self, programs: &mut Programs, owner: u32) {
+        match notice::receive(&self.socket) {
+            Some(Notice::Serves) => {
+                self.served = true;
+                if programs.on_trial() {
+                    log::line(format_args!("worker {} serves from the new program", self.worker.id()));
+                }
+                programs.confirm();
+            }
+            Some(Notice::Upgrade(program)) => {
+                let offered = programs.offer(program, owner);
+                notice::answer(&self.socket, offered.is_ok());
+                if let Err(error) = offered {
+                    log::line(format_args!("upgrade refused: the program {error}"));
+                }
+            }
+            None => self.deaf = true,
         }
     }
 }
 
-/// Waits for one of the blocked signals, at most `limit` long; `None` when interrupted or over.
-fn next_signal(signals: &libc::sigset_t, limit: Option<Duration>) -> Option<libc::c_int> {
-    let deadline = limit.map(|limit| Instant::now() + limit);
-    loop {
-        let left = deadline.map(|at| at.saturating_duration_since(Instant::now()));
-        let left = left.map(|left| libc::timespec {
-            tv_sec: left.as_secs() as libc::time_t,
-            tv_nsec: left.subsec_nanos() as libc::c_long,
-        });
-        let limit = left.as_ref().map_or(std::ptr::null(), std::ptr::from_ref);
-        // SAFETY: `signals` and `limit` are valid for the call; the siginfo argument may be null.
-        let signal = unsafe { libc::sigtimedwait(signals, std::ptr::null_mut(), limit) };
-        match signal {
-            // While waiting for time to pass, an old child's signal is no reason to stop.
-            libc::SIGCHLD if deadline.is_some() => {}
-            signal if signal > 0 => return Some(signal),
-            _ if io::Error::last_os_error().kind() == io::ErrorKind::Interrupted => {}
-            _ => return None,
+/// The signals that are waited for, as a descriptor.
+struct Signals(File);
+
+impl AsFd for Signals {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.0.as_fd()
+    }
+}
+
+impl Signals {
+    /// Blocks them, so that they wait here.
+    fn block(signals: &[libc::c_int]) -> io::Result<Self> {
+        let set = block_signals(signals)?;
+        // SAFETY: the set is valid; on success the descriptor is new and ours alone.
+        unsafe {
+            let fd = libc::signalfd(-1, &set, libc::SFD_CLOEXEC | libc::SFD_NONBLOCK);
+            if fd < 0 { Err(io::Error::last_os_error()) } else { Ok(Self(File::from_raw_fd(fd))) }
+        }
+    }
+
+    /// The next one that is there.
+    fn next(&self) -> Option<libc::c_int> {
+        let mut info = [0; mem::size_of::<libc::signalfd_siginfo>()];
+        (&self.0).read_exact(&mut info).ok()?;
+        // Its first field.
+        let [a, b, c, d, ..] = info;
+        Some(u32::from_ne_bytes([a, b, c, d]).cast_signed())
+    }
+
+    /// Waits so long, or until an order to end; whether there was one. Ends of children are no matter.
+    fn told_to_end_within(&self, limit: Duration) -> bool {
+        let deadline = Instant::now() + limit;
+        loop {
+            while let Some(signal) = self.next() {
+                if matches!(signal, libc::SIGTERM | libc::SIGINT) {
+                    return true;
+                }
+            }
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return false;
+            }
+            ready([Some(self.as_fd())], Some(left));
         }
     }
 }

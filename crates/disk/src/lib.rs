@@ -19,7 +19,9 @@ pub mod lane;
 pub mod latch;
 pub mod log;
 pub mod nbd;
+pub mod notice;
 pub mod peer;
+pub mod program;
 pub mod remote;
 pub mod sandbox;
 pub mod setup;
@@ -34,9 +36,10 @@ pub const EXIT_DONE: i32 = 0;
 pub const EXIT_FAILED: i32 = 1;
 /// Exit code: wrong usage or a setup that cannot be served; a keeper ends too, for trying again does not help.
 pub const EXIT_SETUP: i32 = 2;
-
 /// Exit code: made a system call that the sandbox stops; a keeper starts the worker again.
 pub const EXIT_STOPPED: i32 = 3;
+/// Exit code: made room for a worker from another program.
+pub const EXIT_UPGRADE: i32 = 4;
 
 /// Ends the process at once. Threads that still serve are not waited for, and no destructor runs beside them: an order
 /// to end must not become a crash, after which a keeper would start another worker.

@@ -5,7 +5,7 @@
 
 use std::{
     os::unix::net::{UnixListener, UnixStream},
-    sync::Arc,
+    sync::{Arc, Mutex},
     thread,
 };
 
@@ -43,7 +43,10 @@ pub fn run(socket: UnixStream, keeper: i32, owner: u32) -> i32 {
         Err(error) => return failed(format_args!("worker got no setup: {error}"), EXIT_FAILED),
     };
     // Its other end tells the keeper when the last request of this process is over.
-    lane::uring::keep_while_requests_last(socket.into());
+    match socket.try_clone() {
+        Ok(witness) => lane::uring::keep_while_requests_last(witness.into()),
+        Err(error) => return failed(format_args!("worker cannot keep its socket: {error}"), EXIT_FAILED),
+    }
     // Kept apart for the case that the setup is bad: then it is the way to say so.
     let control = fds.get(1).filter(|fd| is_unix_listener(*fd)).and_then(|fd| fd.try_clone().ok());
     let prepared = serde_json::from_slice::<Setup>(&setup)
@@ -52,7 +55,7 @@ pub fn run(socket: UnixStream, keeper: i32, owner: u32) -> i32 {
     match prepared {
         Ok(prepared) => {
             drop(control);
-            serve(prepared, keeper, owner, &signals)
+            serve(prepared, socket, keeper, owner, &signals)
         }
         Err(message) => {
             log::line(format_args!("cannot serve: {message}"));
@@ -81,7 +84,13 @@ pub(crate) fn with_causes(error: &dyn std::error::Error) -> String {
     text
 }
 
-fn serve(prepared: Prepared, keeper: i32, owner: u32, signals: &libc::sigset_t) -> i32 {
+fn serve(
+    prepared: Prepared,
+    keeper_socket: UnixStream,
+    keeper: i32,
+    owner: u32,
+    signals: &libc::sigset_t,
+) -> i32 {
     // Headers stay open as long as this function runs, which is as long as the worker serves.
     let Prepared { vm, domain, control, policy, exports, headers: _headers, page } = prepared;
     let sandbox = match sandbox::enter(policy.directory(), Some(page)) {
@@ -99,7 +108,15 @@ fn serve(prepared: Prepared, keeper: i32, owner: u32, signals: &libc::sigset_t) 
         served.push(export.clone());
         listeners.push((export, listener));
     }
-    let worker = Arc::new(Worker { vm, domain, keeper_pid: keeper, owner, sandbox, exports: served });
+    let worker = Arc::new(Worker {
+        vm,
+        domain,
+        keeper_pid: keeper,
+        owner,
+        keeper: Mutex::new(keeper_socket),
+        sandbox,
+        exports: served,
+    });
     log::line(format_args!("serving {} disks of VM {vm} (domain {domain})", listeners.len()));
     for (export, listener) in listeners {
         let policy = policy.clone();
@@ -117,6 +134,10 @@ fn serve(prepared: Prepared, keeper: i32, owner: u32, signals: &libc::sigset_t) 
         .spawn(move || -> () { control::serve(&control, &for_control) });
     if let Err(error) = started {
         return failed(format_args!("cannot start a thread: {error}"), EXIT_FAILED);
+    }
+    // A keeper that is gone has sent a signal that ends this process.
+    if let Err(error) = worker.say_serves() {
+        log::line(format_args!("cannot tell the keeper that disks are served: {}", with_causes(&error)));
     }
     wait_for_signal(signals);
     log::line(format_args!("ending on a signal"));

@@ -147,6 +147,9 @@ pub enum ControlRequest {
         /// End although a client is connected.
         force: bool,
     },
+    /// Go on from another program, whose file comes as a descriptor opened for reading. Clients connect again and send
+    /// what was not answered; keys, descriptors and locks stay with the keeper, which stays the program it is.
+    Upgrade,
 }
 
 /// What a worker answers.
@@ -157,6 +160,9 @@ pub enum ControlReply {
     Status(DiskStatus),
     /// To [`ControlRequest::Stop`]: sent before the end.
     Stopping,
+    /// To [`ControlRequest::Upgrade`]: sent before the worker makes room. Whether the new one serves is for
+    /// [`ControlRequest::Status`] to say: a program that does not is replaced by the one before.
+    Upgrading,
     /// Not done.
     Refused {
         /// One line for the administrator.

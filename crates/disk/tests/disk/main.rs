@@ -18,6 +18,7 @@ mod rig;
 mod sandbox;
 mod tools;
 mod unprivileged;
+mod upgrade;
 mod vhost_crash;
 mod vhost_driver;
 mod vhost_hostile;

@@ -289,10 +289,15 @@ impl Rig {
 
     /// Asks the worker; asks again if it died meanwhile, for the next one listens on the same socket.
     pub(crate) fn ask(&self, request: &ControlRequest) -> ControlReply {
+        self.ask_with(request, &[])
+    }
+
+    /// The same, with descriptors.
+    pub(crate) fn ask_with(&self, request: &ControlRequest, fds: &[BorrowedFd<'_>]) -> ControlReply {
         let deadline = Instant::now() + Duration::from_secs(20);
         loop {
             let stream = UnixStream::connect(self.path("control.sock")).unwrap();
-            let sent = frame::send(&stream, request, &[]);
+            let sent = frame::send(&stream, request, fds);
             match sent.and_then(|()| frame::receive(&stream)) {
                 Ok(Some((reply, _))) => return reply,
                 other => assert!(Instant::now() < deadline, "worker does not answer: {other:?}"),
