@@ -43,10 +43,11 @@ fn run() -> i32 {
         return EXIT_FAILED;
     }
     end_on_panic();
-    // Few allocations are made while serving, so one more arena for each thread would only be memory. Set, it also keeps
-    // the C library from counting processors in /sys, which the sandbox would stop.
+    // Few allocations are made while serving, so one more arena for each thread would only be memory. With one the C
+    // library also has no reason to count processors in /sys and look for overcommitment in /proc, which the sandbox
+    // would stop.
     // SAFETY: integers; before there is a second thread.
-    unsafe { libc::mallopt(libc::M_ARENA_MAX, 2) };
+    unsafe { libc::mallopt(libc::M_ARENA_MAX, 1) };
     // SAFETY: the string is NUL-terminated and shorter than 16 bytes. (A worker is started through /proc/self/exe.)
     unsafe { libc::prctl(libc::PR_SET_NAME, c"vmseal-disk".as_ptr()) };
     // SAFETY: first thing that looks at descriptors, and once; nothing here has opened one.

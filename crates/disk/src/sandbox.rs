@@ -75,7 +75,8 @@ pub fn describe(status: &SandboxStatus) -> String {
     text += if status.seccomp { ", seccomp" } else { ", WITHOUT seccomp (not in this kernel)" };
     text += if status.network { ", no network" } else { ", the host's network namespace" };
     if let Some(last) = status.last_stopped {
-        text += &format!("; {} workers before were stopped, the last at system call {last}", status.stopped);
+        text +=
+            &format!("; {} system calls of workers before were stopped, the last was {last}", status.stopped);
     }
     text
 }
@@ -90,7 +91,8 @@ mod tests {
         assert_eq!(describe(&whole), "sandbox with landlock 7, seccomp, no network");
         let text =
             describe(&SandboxStatus { stopped: 2, last_stopped: Some(41), ..SandboxStatus::default() });
-        for part in ["WITHOUT landlock", "WITHOUT seccomp", "host's network", "2 workers", "system call 41"] {
+        for part in ["WITHOUT landlock", "WITHOUT seccomp", "host's network", "2 system calls", "last was 41"]
+        {
             assert!(text.contains(part), "{text}");
         }
     }

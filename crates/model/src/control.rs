@@ -201,7 +201,7 @@ pub struct SandboxStatus {
     pub landlock: u32,
     /// Whether it is in a network namespace without an interface that is up. It can make no socket either way.
     pub network: bool,
-    /// Workers before it, of the same keeper, that were ended for a system call they have no business with.
+    /// System calls that workers before it, of the same keeper, had no business with; nearly each ended its worker.
     #[serde(default)]
     pub stopped: u32,
     /// Number of the last such call.

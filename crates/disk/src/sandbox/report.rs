@@ -1,11 +1,21 @@
 //! What is said when a system call was stopped, and the end of the process after that.
+//!
+//! Except for the first few files that were to be opened: these fail with EACCES, and the process goes on. C libraries
+//! look into `/proc` and `/sys` for hints when it pleases them, and do without; a guest's disk must not end for that.
 
 use std::{
     io, mem,
-    sync::{Arc, OnceLock},
+    sync::{
+        Arc, OnceLock,
+        atomic::{AtomicU32, Ordering},
+    },
 };
 
 use crate::{EXIT_STOPPED, latch::SharedPage};
+
+/// So many files may fail to open.
+const MOST_OPENED: u32 = 8;
+static OPENED: AtomicU32 = AtomicU32::new(0);
 
 /// Where the handler notes it; set once, before there is a handler.
 static PAGE: OnceLock<Option<Arc<SharedPage>>> = OnceLock::new();
@@ -39,7 +49,7 @@ struct StoppedCall {
     architecture: u32,
 }
 
-extern "C" fn on_stopped(_: libc::c_int, info: *mut libc::siginfo_t, _: *mut libc::c_void) {
+extern "C" fn on_stopped(_: libc::c_int, info: *mut libc::siginfo_t, context: *mut libc::c_void) {
     // SAFETY: the kernel passes a siginfo of this signal. Of one that a process sent the number means nothing.
     let system_call = unsafe { (*info.cast::<StoppedCall>()).system_call };
     if let Some(Some(page)) = PAGE.get() {
@@ -52,10 +62,34 @@ extern "C" fn on_stopped(_: libc::c_int, info: *mut libc::siginfo_t, _: *mut lib
     line.text(b"] stopped: system call ");
     line.number(system_call.unsigned_abs());
     line.text(b" is not allowed in the sandbox; this is a bug or an attack\n");
-    // SAFETY: bytes of `line`; both calls are async-signal-safe, and allowed.
+    // SAFETY: bytes of `line`; async-signal-safe, and allowed.
+    unsafe { libc::write(libc::STDERR_FILENO, line.bytes.as_ptr().cast(), line.len) };
+    let opens = libc::c_long::from(system_call) == libc::SYS_openat;
+    if opens && OPENED.fetch_add(1, Ordering::Relaxed) < MOST_OPENED {
+        // SAFETY: the kernel passes the context of the thread that made the call, to be gone back to.
+        unsafe { answer(context.cast(), -libc::c_long::from(libc::EACCES)) };
+        return;
+    }
+    // SAFETY: ends the process, and is allowed.
+    unsafe { libc::_exit(EXIT_STOPPED) }
+}
+
+/// Lets the stopped call give this result.
+///
+/// # Safety
+///
+/// The context is the one a handler of SIGSYS got.
+unsafe fn answer(context: *mut libc::ucontext_t, result: libc::c_long) {
+    // SAFETY: the caller's promise. These registers hold a system call's result.
     unsafe {
-        libc::write(libc::STDERR_FILENO, line.bytes.as_ptr().cast(), line.len);
-        libc::_exit(EXIT_STOPPED)
+        #[cfg(target_arch = "x86_64")]
+        {
+            (*context).uc_mcontext.gregs[libc::REG_RAX as usize] = result;
+        }
+        #[cfg(target_arch = "aarch64")]
+        {
+            (*context).uc_mcontext.regs[0] = result as u64;
+        }
     }
 }
 
