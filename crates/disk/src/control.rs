@@ -21,7 +21,8 @@ use vmseal_model::{
 use crate::{
     export::Export,
     frame::{self, FrameError},
-    log, notice, peer,
+    log::{self, Throttle},
+    notice, peer,
     worker::with_causes,
 };
 
@@ -139,6 +140,7 @@ impl Worker {
 /// Answers on the control socket for ever; an order to end ends the process.
 pub fn serve(listener: &UnixListener, worker: &Arc<Worker>) -> ! {
     let connections = Arc::new(AtomicUsize::new(0));
+    let refusals = Throttle::default();
     loop {
         let stream = match listener.accept() {
             Ok((stream, _)) => stream,
@@ -149,12 +151,12 @@ pub fn serve(listener: &UnixListener, worker: &Arc<Worker>) -> ! {
             }
         };
         if let Err(error) = peer::may_control(&stream, worker.owner) {
-            log::line(format_args!("control: refused: {error}"));
+            refusals.line(format_args!("control: refused: {error}"));
             continue;
         }
         if connections.fetch_add(1, Ordering::AcqRel) >= MAX_CONTROL {
             connections.fetch_sub(1, Ordering::AcqRel);
-            log::line(format_args!("control: refused: too many connections"));
+            refusals.line(format_args!("control: refused: too many connections"));
             continue;
         }
         let (worker, count) = (worker.clone(), Count(connections.clone()));

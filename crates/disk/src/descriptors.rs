@@ -46,6 +46,20 @@ pub fn peer_of(socket: &impl AsFd) -> io::Result<libc::ucred> {
     socket_option(socket.as_fd().as_raw_fd(), libc::SO_PEERCRED)
 }
 
+/// A handle (pidfd) of the process at the other end of a connection, which never means another.
+///
+/// # Errors
+///
+/// Before Linux 6.5 there is none to be had.
+pub fn peer_handle(socket: &impl AsFd) -> io::Result<OwnedFd> {
+    let fd = socket_option::<libc::c_int>(socket.as_fd().as_raw_fd(), SO_PEERPIDFD)?;
+    // SAFETY: the kernel made it for this call.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+/// From asm/socket.h; the libc crate does not name it.
+const SO_PEERPIDFD: libc::c_int = 77;
+
 /// Whether a descriptor is a listening unix stream socket.
 pub fn is_unix_listener(socket: &impl AsFd) -> bool {
     is_listener(socket, libc::SOCK_STREAM)

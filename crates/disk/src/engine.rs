@@ -40,13 +40,13 @@ pub fn accept_for(listener: &UnixListener, export: &Arc<Export>, policy: &PeerPo
         let pid = match policy.admit(&stream) {
             Ok(pid) => pid,
             Err(error) => {
-                refuse(export, format_args!("{error}"));
+                export.refuse(format_args!("{error}"));
                 continue;
             }
         };
         if threads.fetch_add(1, Ordering::AcqRel) >= MAX_THREADS {
             threads.fetch_sub(1, Ordering::AcqRel);
-            refuse(export, format_args!("process {pid} connects too often"));
+            export.refuse(format_args!("process {pid} connects too often"));
             continue;
         }
         let (export, guard) = (export.clone(), ThreadCount(threads.clone()));
@@ -69,25 +69,19 @@ impl Drop for ThreadCount {
     }
 }
 
-fn refuse(export: &Export, why: std::fmt::Arguments<'_>) {
-    if export.count_refused() {
-        log::line(format_args!("{}: refused: {why}", export.target()));
-    }
-}
-
 fn serve(stream: &UnixStream, export: &Arc<Export>, pid: i32) {
     let admission = match export.admit(pid, stream) {
         Ok(admission) => admission,
-        Err(error) => return refuse(export, format_args!("{error}")),
+        Err(error) => return export.refuse(format_args!("{error}")),
     };
-    log::line(format_args!("{}: process {pid} connected", export.target()));
+    export.tell(format_args!("process {pid} connected"));
     let outcome = match export.kind() {
         ExportKind::VhostUser => vhost_user::serve(stream, export).map_err(|error| with_causes(&error)),
         ExportKind::Nbd => nbd::serve(stream, export).map_err(|error| with_causes(&error)),
     };
     match outcome {
-        Ok(()) => log::line(format_args!("{}: process {pid} disconnected", export.target())),
-        Err(error) => log::line(format_args!("{}: process {pid}: {error}", export.target())),
+        Ok(()) => export.tell(format_args!("process {pid} disconnected")),
+        Err(error) => export.tell(format_args!("process {pid}: {error}")),
     }
     drop(admission);
 }

@@ -4,9 +4,9 @@
 //! the first has hung up already, and is refused otherwise: two QEMUs on one disk destroy it.
 
 use std::{
-    io,
+    fmt, io,
     os::{
-        fd::AsFd,
+        fd::{AsFd, OwnedFd},
         unix::net::{UnixListener, UnixStream},
     },
     sync::{
@@ -23,8 +23,9 @@ use vmseal_model::{
 };
 
 use crate::{
-    descriptors::{hung_up, ready},
+    descriptors::{hung_up, peer_handle, ready},
     flush_gate::Bell,
+    log::Throttle,
     vhost_user::Link,
     volume::Volume,
 };
@@ -85,6 +86,8 @@ pub struct Export {
     read_bytes: AtomicU64,
     written_bytes: AtomicU64,
     refused: AtomicU64,
+    refusals: Throttle,
+    events: Throttle,
     /// Rings when no more clients are to be taken from the listener.
     stop: Option<Bell>,
 }
@@ -98,12 +101,23 @@ struct Clients {
     finishing: bool,
     /// The process that has the disk; zero if none.
     pid: i32,
+    /// A handle of it, where the kernel gives one (Linux 6.5): its number may be another process's by now.
+    handle: Option<OwnedFd>,
     next_id: u64,
     connections: Vec<(u64, UnixStream)>,
     finished: Vec<UnixStream>,
 }
 
 impl Clients {
+    /// Whether a process with this number that connects now is the one that has the disk.
+    fn is(&self, pid: i32) -> bool {
+        let ended = self.handle.as_ref().is_some_and(|handle| {
+            let [ended] = ready([Some(handle.as_fd())], Some(Duration::ZERO));
+            ended
+        });
+        self.pid == pid && !ended
+    }
+
     /// Whether a connection was closed by its other end and is still being worked off.
     fn any_hung_up(&self) -> bool {
         self.connections.iter().any(|(_, stream)| hung_up(stream))
@@ -131,6 +145,8 @@ impl Export {
             read_bytes: AtomicU64::new(0),
             written_bytes: AtomicU64::new(0),
             refused: AtomicU64::new(0),
+            refusals: Throttle::default(),
+            events: Throttle::default(),
             // Without, a client that connects at the moment of an upgrade is turned away and tries again.
             stop: Bell::new().ok(),
         }
@@ -182,11 +198,15 @@ impl Export {
         self.written_bytes.fetch_add(bytes, Ordering::Relaxed);
     }
 
-    /// Counts a connection that was turned away; true if it is worth a line in the log (the first ten, then each
-    /// power of two, so that somebody who knocks all day does not fill the disk).
-    pub fn count_refused(&self) -> bool {
-        let count = self.refused.fetch_add(1, Ordering::Relaxed) + 1;
-        count <= 10 || count.is_power_of_two()
+    /// Counts a connection that was turned away, and says so in the log.
+    pub fn refuse(&self, why: fmt::Arguments<'_>) {
+        self.refused.fetch_add(1, Ordering::Relaxed);
+        self.refusals.line(format_args!("{}: refused: {why}", self.target));
+    }
+
+    /// Says in the log what a client does. Somebody who connects all day does not fill the disk.
+    pub fn tell(&self, what: fmt::Arguments<'_>) {
+        self.events.line(format_args!("{}: {what}", self.target));
     }
 
     /// Takes a connection in, until the admission is dropped.
@@ -203,14 +223,14 @@ impl Export {
                 return Err(AdmitError::Ending { pid });
             }
             // What a connection that hung up still does must not come after what the next one is told is done.
-            let same = clients.pid == pid && !clients.any_hung_up();
+            let same = clients.is(pid) && !clients.any_hung_up();
             if clients.connections.is_empty() || same {
                 break;
             }
             let left = deadline.saturating_duration_since(Instant::now());
-            if left.is_zero() || (clients.pid != pid && !clients.all_hung_up()) {
+            if left.is_zero() || (!clients.is(pid) && !clients.all_hung_up()) {
                 let holder = clients.pid;
-                return Err(if holder == pid {
+                return Err(if clients.is(pid) {
                     AdmitError::Unfinished { pid }
                 } else {
                     AdmitError::InUse { pid, holder }
@@ -223,7 +243,10 @@ impl Export {
         }
         let id = clients.next_id;
         clients.next_id += 1;
-        clients.pid = pid;
+        if clients.connections.is_empty() {
+            clients.pid = pid;
+            clients.handle = peer_handle(&stream).ok();
+        }
         clients.connections.push((id, stream));
         Ok(Admission { export: self.clone(), id })
     }
@@ -340,6 +363,7 @@ impl Drop for Admission {
         }
         if clients.connections.is_empty() {
             clients.pid = 0;
+            clients.handle = None;
         }
         drop(clients);
         self.export.changed.notify_all();
@@ -352,6 +376,51 @@ mod tests {
 
     use super::*;
     use crate::volume::tests::fixture;
+
+    /// A connection made by a process that has ended, kept open by this one; gives that process's number too.
+    fn connection_of_the_dead(
+        listener: &UnixListener,
+        path: &std::path::Path,
+    ) -> (UnixStream, UnixStream, i32) {
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        // SAFETY: the child makes system calls only, and ends by _exit; it is waited for once.
+        let child = unsafe {
+            let child = libc::fork();
+            if child == 0 {
+                let sent = UnixStream::connect(path).is_ok_and(|stream| {
+                    crate::frame::send_with_fds(&theirs, b"x", &[stream.as_fd()]).is_ok()
+                });
+                libc::_exit(i32::from(!sent));
+            }
+            child
+        };
+        let served = listener.accept().unwrap().0;
+        let (_, fds) = crate::frame::receive_with_fds(&ours, &mut [0]).unwrap();
+        let [kept] = <[OwnedFd; 1]>::try_from(fds).unwrap();
+        (UnixStream::from(kept), served, child)
+    }
+
+    #[test]
+    fn number_of_a_process_that_ended_is_no_ticket() {
+        let path = std::env::temp_dir().join(format!("vmseal-export-{}", std::process::id()));
+        let _ = std::fs::remove_file(&path);
+        let listener = UnixListener::bind(&path).unwrap();
+        let disk = DiskId::from_bytes([5; 16]);
+        let export = Arc::new(Export::new(disk, "vda".into(), ExportKind::Nbd, fixture(8192, |_| {}).volume));
+        let (kept, served, pid) = connection_of_the_dead(&listener, &path);
+        let has_handles = peer_handle(&served).is_ok();
+        let _first = export.admit(pid, &served).unwrap();
+        // Still a child of ours: its number is no other process's, but a second connection comes too late to be its own.
+        let mut status = 0;
+        // SAFETY: the child is waited for once.
+        assert_eq!(unsafe { libc::waitpid(pid, &mut status, 0) }, pid);
+        assert_eq!(status, 0);
+        let (_other, second) = UnixStream::pair().unwrap();
+        let admitted = export.admit(pid, &second);
+        assert_eq!(matches!(admitted, Err(AdmitError::InUse { .. })), has_handles);
+        drop(kept);
+        std::fs::remove_file(&path).unwrap();
+    }
 
     #[test]
     fn client_that_comes_back_waits_until_what_it_left_is_done() {

@@ -5,8 +5,55 @@
 use std::{
     fmt,
     io::Write,
-    time::{SystemTime, UNIX_EPOCH},
+    sync::{Mutex, PoisonError},
+    time::{Duration, Instant, SystemTime, UNIX_EPOCH},
 };
+
+/// Lets a burst of lines through and then one a minute, for what somebody can make happen as often as he likes.
+#[derive(Debug, Default)]
+pub struct Throttle(Mutex<Burst>);
+
+#[derive(Debug, Default)]
+struct Burst {
+    /// Lines that were let through lately.
+    passed: u32,
+    since: Option<Instant>,
+    /// Lines that were kept back since the last one.
+    kept: u64,
+}
+
+/// So many lines at once.
+const BURST: u32 = 10;
+/// After each of these one more.
+const REFILL: Duration = Duration::from_secs(60);
+
+impl Throttle {
+    /// Writes the line, or counts it; the next one that is written says how many were not.
+    pub fn line(&self, text: fmt::Arguments<'_>) {
+        match self.pass(Instant::now()) {
+            Some(0) => line(text),
+            Some(kept) => line(format_args!("{text} (and {kept} lines like this before)")),
+            None => {}
+        }
+    }
+
+    /// How many lines were kept back before this one, if it is to be written.
+    fn pass(&self, now: Instant) -> Option<u64> {
+        let mut burst = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let since = *burst.since.get_or_insert(now);
+        let refilled = now.saturating_duration_since(since).as_secs() / REFILL.as_secs();
+        if refilled > 0 {
+            burst.passed = burst.passed.saturating_sub(refilled.try_into().unwrap_or(u32::MAX));
+            burst.since = Some(now);
+        }
+        if burst.passed >= BURST {
+            burst.kept += 1;
+            return None;
+        }
+        burst.passed += 1;
+        Some(std::mem::take(&mut burst.kept))
+    }
+}
 
 /// Writes one line: UTC time, program, process, text.
 pub fn line(text: fmt::Arguments<'_>) {
@@ -33,7 +80,25 @@ fn utc(seconds: u64) -> String {
 
 #[cfg(test)]
 mod tests {
-    use super::utc;
+    use super::*;
+
+    #[test]
+    fn burst_is_let_through_and_then_a_line_a_minute_that_counts_the_rest() {
+        let (throttle, start) = (Throttle::default(), Instant::now());
+        let at = |seconds| start + Duration::from_secs(seconds);
+        for _ in 0..BURST {
+            assert_eq!(throttle.pass(at(0)), Some(0));
+        }
+        for _ in 0..1000 {
+            assert_eq!(throttle.pass(at(59)), None);
+        }
+        assert_eq!(throttle.pass(at(61)), Some(1000));
+        assert_eq!(throttle.pass(at(62)), None);
+        for _ in 0..BURST {
+            assert!(throttle.pass(at(100_000)).is_some());
+        }
+        assert_eq!(throttle.pass(at(100_001)), None);
+    }
 
     #[test]
     fn times_are_written_as_utc() {
