@@ -8,6 +8,7 @@ mod interrupt;
 pub mod lab;
 pub mod libvirtd;
 mod orphans;
+mod round_keys;
 pub mod scan;
 pub mod shell;
 pub mod writer;

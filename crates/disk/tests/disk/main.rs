@@ -3,6 +3,7 @@
 
 mod crash;
 mod fio;
+mod footprint;
 mod growth;
 mod hostile;
 mod identity;
@@ -15,6 +16,9 @@ mod nbd_client;
 mod peers;
 mod remote;
 mod rig;
+#[expect(unreachable_pub, reason = "public where it comes from")]
+#[path = "../../../../tests/e2e/src/round_keys.rs"]
+mod round_keys;
 mod sandbox;
 mod tools;
 mod unprivileged;
