@@ -28,14 +28,14 @@ use crate::{
 };
 
 /// A copy of a program in the rig's directory.
-fn copy(rig: &Rig, of: &str, name: &str) -> PathBuf {
+pub(crate) fn copy(rig: &Rig, of: &str, name: &str) -> PathBuf {
     let path = rig.path(name);
     fs::copy(of, &path).unwrap();
     fs::set_permissions(&path, Permissions::from_mode(0o755)).unwrap();
     path
 }
 
-fn upgrade(rig: &Rig, program: &PathBuf) -> ControlReply {
+pub(crate) fn upgrade(rig: &Rig, program: &PathBuf) -> ControlReply {
     let file = File::open(program).unwrap();
     rig.ask_with(&ControlRequest::Upgrade, &[file.as_fd()])
 }

@@ -3,8 +3,11 @@
 
 use std::{path::PathBuf, sync::atomic::Ordering, time::Duration};
 
+use vmseal_model::control::ControlReply;
+
 use crate::{
-    rig::{MIB, Rig, Spec, pattern},
+    rig::{BINARY, MIB, Rig, Spec, pattern, wait_gone},
+    upgrade::{copy, upgrade},
     vhost_driver::*,
     vhost_user::{connect, directory_in_memory, kill_worker, rig},
 };
@@ -89,18 +92,23 @@ impl Guest {
 }
 
 fn kills(directory: Option<PathBuf>, kills: usize) {
+    let rig = replaced(directory, kills, |rig, _| kill_worker(rig));
+    assert_eq!(rig.log().matches("died (signal 9)").count(), kills, "{}", rig.log());
+}
+
+/// A guest at work while its worker is replaced so often, in this way.
+fn replaced(directory: Option<PathBuf>, times: usize, replace: impl Fn(&Rig, usize)) -> Rig {
     let rig = rig(&[Spec { directory, ..Spec::fixed(DISK) }]);
     let mut guest = Guest::new(&rig);
-    for round in 0..kills {
-        // So much is answered before the worker dies, always with more in flight.
+    for round in 0..times {
+        // So much is answered before the worker goes, always with more in flight.
         guest.write();
         guest.take(1 + round % 7);
         guest.write();
-        kill_worker(&rig);
+        replace(&rig, round);
         guest.driver.reconnect(connect(&rig.disk().socket));
     }
     guest.finish();
-    assert_eq!(rig.log().matches("died (signal 9)").count(), kills, "{}", rig.log());
     for queue in 0..QUEUES {
         let used = guest.driver.memory.word(guest.driver.used_at(queue) + 2).load(Ordering::SeqCst);
         assert_eq!(used, guest.driver.queues[queue].available);
@@ -108,11 +116,23 @@ fn kills(directory: Option<PathBuf>, kills: usize) {
     assert!(rig.disk().stored_plain() == guest.model, "the file holds something else than was acknowledged");
     let (status, first) = guest.driver.read(0, 200 << 10);
     assert!(status == 0 && first == guest.model[..200 << 10]);
+    rig
 }
 
 #[test]
 fn no_request_is_lost_or_answered_twice_when_workers_are_killed() {
     kills(None, 12);
+}
+
+#[test]
+fn no_request_is_lost_or_answered_twice_when_the_program_is_replaced() {
+    let rig = replaced(None, 6, |rig, round| {
+        let worker = rig.status().worker_pid;
+        let program = copy(rig, BINARY, &format!("new-{round}"));
+        assert_eq!(upgrade(rig, &program), ControlReply::Upgrading);
+        wait_gone(worker);
+    });
+    assert_eq!(rig.log().matches("serves from the new program").count(), 6, "{}", rig.log());
 }
 
 #[test]
