@@ -19,7 +19,7 @@ help:
 	@echo 'make test          build, then every proof in its small count (15 minutes on 2 cores)'
 	@echo 'make test-vectors  only the published test vectors'
 	@echo 'make test-rbd      volumes on Ceph RBD, with a cluster on this machine (installs Ceph; 2 minutes)'
-	@echo 'make soak-NAME     one proof in its full count: $(SOAKS) fio xts rbd'
+	@echo 'make soak-NAME     one proof in its full count: $(SOAKS) fio xts rbd store'
 	@echo 'make bench-start   what encryption adds to virsh start; writes bench/out/start.json'
 	@echo 'make bench-xts     our cipher beside aws-lc, memcpy and the processor at its best; writes bench/out/xts.json'
 	@echo 'make bench-disk    our disks beside QEMU and nbdkit (8 minutes); writes bench/out/disk.json; ARGS="--only TEXT"'
@@ -100,3 +100,9 @@ rust:
 nextest: rust
 	@$(CARGO) nextest --version >/dev/null 2>&1 || { \
 	  echo 'make: installing cargo-nextest, the test runner, with cargo'; $(CARGO) install --locked cargo-nextest; }
+
+# Media that fail and crashes, in full counts (docs/design/testing.md).
+.PHONY: soak-store
+soak-store: build nextest
+	@echo 'make: disks on a store that fails, and every crash; it says at its end how often it did what'
+	VMSEAL_SOAK=1 $(CARGO) nextest run $(PROFILE) --locked -p vmseal-test-store --profile soak --success-output final

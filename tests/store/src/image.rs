@@ -40,7 +40,10 @@ impl Image {
     /// A range; shorter where the image ends.
     pub fn range(&self, from: u64, len: u64) -> Vec<u8> {
         let end = from.saturating_add(len).min(self.len);
-        let mut out = vec![0; end.saturating_sub(from) as usize];
+        if end <= from {
+            return Vec::new();
+        }
+        let mut out = vec![0; (end - from) as usize];
         let under = self.under.get(from as usize..).unwrap_or_default();
         let shared = under.len().min(out.len());
         out[..shared].copy_from_slice(&under[..shared]);

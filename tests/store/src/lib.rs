@@ -6,12 +6,17 @@
 #![deny(unsafe_op_in_unsafe_fn)]
 
 pub mod crash_states;
+pub mod disk_process;
 pub mod entry;
 pub mod fault;
+pub mod history;
 pub mod image;
 pub mod in_process;
 pub mod medium;
 pub mod mount;
+pub mod nbd_client;
 pub mod seed;
 pub mod stamp;
 pub mod verifier;
+pub mod volume;
+pub mod workload;

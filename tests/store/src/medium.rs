@@ -286,6 +286,20 @@ impl Medium {
         self.let_go(held)
     }
 
+    /// Lets what is held fail; gives how many.
+    pub fn fail_held(&self, errno: i32) -> usize {
+        let mut held = std::mem::take(&mut self.state().held);
+        for held in &mut held {
+            let mut state = self.state();
+            state.failed += 1;
+            if held.operation.kind() == Kind::Flush {
+                state.enter(Entry::FlushFailed);
+            }
+            held.answer = Some(Answer::Failed(errno));
+        }
+        self.let_go(held)
+    }
+
     fn let_go(&self, held: Vec<Held>) -> usize {
         let count = held.len();
         for Held { operation, answer, reply } in held {

@@ -3,8 +3,8 @@
 //! It is mounted nowhere: the kernel gives a descriptor of the new mount, and the file is opened through that. So
 //! nothing is left when a test is killed. Locks are the kernel's own, as on a local file. Needs root.
 //!
-//! A process that is killed while one of its operations is held here does not end before that is released: what it was
-//! doing is under way, as on a disk that does not answer.
+//! What a process had begun goes on when it is killed, as on a disk: an operation that is held here is done when it is
+//! released. A process that waited for it itself does not end before; one that gave it to an io_uring does.
 
 use std::{
     ffi::{CStr, CString, OsStr},
@@ -235,9 +235,12 @@ impl Filesystem for OneFile {
 
     fn open(&self, _request: &Request, _inode: INodeNo, _flags: OpenFlags, reply: ReplyOpen) {
         let flags = match self.caching {
-            Caching::Pages => FopenFlags::empty(),
+            // Kept when another opens it: that would wait for pages whose write is held.
+            Caching::Pages => FopenFlags::FOPEN_KEEP_CACHE,
             Caching::None => FopenFlags::FOPEN_DIRECT_IO | FopenFlags::FOPEN_PARALLEL_DIRECT_WRITES,
         };
+        // This very process may be the last that closes it, at its end, when nobody serves any more.
+        let flags = flags | FopenFlags::FOPEN_NOFLUSH;
         reply.opened(FileHandle(0), flags);
     }
 
@@ -278,18 +281,6 @@ impl Filesystem for OneFile {
             _ => reply.error(Errno::EIO),
         });
         self.medium.submit(Operation::Write { offset, data: data.to_vec(), thread: request.pid() }, answer);
-    }
-
-    /// On each close of a descriptor; nothing is held back here.
-    fn flush(
-        &self,
-        _request: &Request,
-        _inode: INodeNo,
-        _handle: FileHandle,
-        _owner: LockOwner,
-        reply: ReplyEmpty,
-    ) {
-        reply.ok();
     }
 
     fn fsync(

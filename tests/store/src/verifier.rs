@@ -195,6 +195,17 @@ impl Verifier {
         }
     }
 
+    /// The same disk, of which from this block on nothing is known at the start: where a file was not written yet.
+    #[must_use]
+    pub fn unknown_from(mut self, first: u64) -> Self {
+        for block in self.blocks.iter_mut().skip(first as usize) {
+            for version in block.live.iter_mut().chain(&mut block.stored) {
+                version.value = Value::Any;
+            }
+        }
+        self
+    }
+
     /// Blocks of the disk.
     pub fn blocks(&self) -> u64 {
         self.blocks.len() as u64
