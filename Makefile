@@ -20,6 +20,7 @@ help:
 	@echo 'make test-vectors  only the published test vectors'
 	@echo 'make test-rbd      volumes on Ceph RBD, with a cluster on this machine (installs Ceph; 2 minutes)'
 	@echo 'make soak-NAME     one proof in its full count: $(SOAKS) fio xts rbd store'
+	@echo 'make fuzz-NAME     ten minutes (FUZZ_SECONDS) of a target below fuzz/fuzz_targets; fuzz-keep-NAME keeps what it found'
 	@echo 'make bench-start   what encryption adds to virsh start; writes bench/out/start.json'
 	@echo 'make bench-xts     our cipher beside aws-lc, memcpy and the processor at its best; writes bench/out/xts.json'
 	@echo 'make bench-disk    our disks beside QEMU and nbdkit (8 minutes); writes bench/out/disk.json; ARGS="--only TEXT"'
@@ -106,3 +107,26 @@ nextest: rust
 soak-store: build nextest
 	@echo 'make: disks on a store that fails, and every crash; it says at its end how often it did what'
 	VMSEAL_SOAK=1 $(CARGO) nextest run $(PROFILE) --locked -p vmseal-test-store --profile soak --success-output final
+
+# As cargo-fuzz sets them, but for what needs an unstable compiler. --target: so that build scripts are left alone.
+FUZZ_FLAGS = -Cpasses=sancov-module -Cllvm-args=-sanitizer-coverage-level=4 \
+  -Cllvm-args=-sanitizer-coverage-inline-8bit-counters -Cllvm-args=-sanitizer-coverage-pc-table \
+  -Cllvm-args=-sanitizer-coverage-trace-compares -Cdebug-assertions -Ccodegen-units=1 --cfg fuzzing
+FUZZ_HOST = $(shell rustc -vV | sed -n 's/^host: //p')
+FUZZ_OUT = $(or $(CARGO_TARGET_DIR),target)/fuzz
+FUZZ_LIMITS = -max_len=9000 -timeout=10 -rss_limit_mb=2048
+# What a device says of each bad message would be most of the output.
+fuzz-vhost_user_messages: FUZZ_LIMITS += -close_fd_mask=2
+
+fuzz-keep-%: fuzz-build-%
+	@mkdir -p $(FUZZ_OUT)/found/$* fuzz/corpus/$*
+	$(FUZZ_OUT)/$(FUZZ_HOST)/release/$* -merge=1 $(FUZZ_LIMITS) fuzz/corpus/$* $(FUZZ_OUT)/found/$*
+
+fuzz-build-%: setup rust
+	RUSTFLAGS="$(FUZZ_FLAGS)" $(CARGO) build --release --locked -p vmseal-fuzz --features libfuzzer --bin $* \
+	  --target $(FUZZ_HOST) --target-dir $(FUZZ_OUT)
+
+fuzz-%: fuzz-build-%
+	@mkdir -p $(FUZZ_OUT)/found/$* $(FUZZ_OUT)/crashes
+	$(FUZZ_OUT)/$(FUZZ_HOST)/release/$* -max_total_time=$(or $(FUZZ_SECONDS),600) $(FUZZ_LIMITS) \
+	  -artifact_prefix=$(FUZZ_OUT)/crashes/$*- $(FUZZ_OUT)/found/$* fuzz/corpus/$*
