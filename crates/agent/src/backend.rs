@@ -5,6 +5,7 @@
 //! ends though nobody asked is reported. What is done to one VM is done in order.
 
 mod process;
+mod upgrade;
 
 use std::{
     collections::HashMap,
@@ -36,7 +37,10 @@ use vmseal_model::{
     refusal::Code,
 };
 
-use self::process::Process;
+use self::{
+    process::Process,
+    upgrade::{is_outdated, upgrade},
+};
 use crate::{
     accounts,
     causes::causes,
@@ -263,7 +267,25 @@ impl Backends {
         }
         tracing::info!(domain = %plan.domain, keeper = process.pid(), "took on the disk process of VM '{}'", plan.name);
         *keeper = Some(self.watch(plan.clone(), process, None, &slot));
+        self.replace_outdated(plan, &status);
         Ok(true)
+    }
+
+    /// Has a worker of an older program make room for one of the installed program. It serves either way.
+    fn replace_outdated(&self, plan: &Plan, status: &DiskStatus) {
+        let program = self.config.disk_program();
+        if !is_outdated(status, &program) {
+            return;
+        }
+        let name = &plan.name;
+        match upgrade(&self.config.control_socket(plan.domain), &program) {
+            Ok(()) => {
+                tracing::info!(domain = %plan.domain, "the disk process of VM '{name}' goes on from {}", program.display());
+            }
+            Err(error) => {
+                tracing::warn!(domain = %plan.domain, "the disk process of VM '{name}' stays version {}: {}", status.version, causes(&error));
+            }
+        }
     }
 
     /// How the process of a domain is; none if there is none, or it does not say.

@@ -87,6 +87,20 @@ pub fn receive<T: DeserializeOwned>(socket: &UnixStream) -> Result<T, FrameError
 ///
 /// [`FrameError::Io`] if nobody listens, or nobody answers in time.
 pub fn ask(path: &Path, request: &ControlRequest, deadline: Instant) -> Result<ControlReply, FrameError> {
+    ask_with(path, request, &[], deadline)
+}
+
+/// The same with descriptors.
+///
+/// # Errors
+///
+/// As [`ask`].
+pub fn ask_with(
+    path: &Path,
+    request: &ControlRequest,
+    fds: &[BorrowedFd<'_>],
+    deadline: Instant,
+) -> Result<ControlReply, FrameError> {
     let left = || -> Result<Duration, io::Error> {
         let left = deadline.saturating_duration_since(Instant::now());
         if left.is_zero() { Err(io::ErrorKind::TimedOut.into()) } else { Ok(left) }
@@ -97,7 +111,7 @@ pub fn ask(path: &Path, request: &ControlRequest, deadline: Instant) -> Result<C
         return Err(FrameError::Io(io::ErrorKind::PermissionDenied.into()));
     }
     socket.set_write_timeout(Some(left()?))?;
-    send(&socket, request, &[])?;
+    send(&socket, request, fds)?;
     socket.set_read_timeout(Some(left()?))?;
     receive(&socket)
 }

@@ -118,6 +118,24 @@ impl House {
         shell::until("the agent is connected", Duration::from_secs(30), || self.host_connected());
     }
 
+    /// Installs this as the disk program, under a new name, for the agent's next start. Gives where it lies.
+    pub fn install_disk_program(&self, program: &[u8]) -> PathBuf {
+        use std::os::unix::fs::PermissionsExt;
+        let path = (0..)
+            .map(|n| self.lab.state.join(format!("vmseal-disk-{n}")))
+            .find(|path| !path.exists())
+            .expect("numbers do not end");
+        fs::write(&path, program).expect("own folder");
+        fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).expect("own file");
+        let config = self.lab.state.join("agent.toml");
+        let is_other = |line: &&str| !line.starts_with("disk_binary");
+        let mut lines = fs::read_to_string(&config).expect("own file");
+        lines = lines.lines().filter(is_other).map(|line| format!("{line}\n")).collect();
+        // In front: further down it would be part of some table.
+        fs::write(&config, format!("disk_binary = \"{}\"\n{lines}", path.display())).expect("own file");
+        path
+    }
+
     /// Waits until the agent has died by itself.
     pub fn wait_agent_died(&mut self, deadline: Duration) -> bool {
         let child = self.agent.as_mut().expect("the agent was started");

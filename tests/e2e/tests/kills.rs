@@ -1,6 +1,9 @@
 //! kill -9 of every process of the house, under guest I/O: no guest error, every acknowledged block is there.
 
-use std::time::{Duration, Instant};
+use std::{
+    path::Path,
+    time::{Duration, Instant},
+};
 
 use vmseal_e2e::{console::Console, house::House, lab::Lab, rounds, shell, writer};
 
@@ -36,6 +39,25 @@ fn guest_sees_no_error_when_any_process_is_killed() {
         let (keeper, _) = house.disk_pids("worker").expect("the disk answers");
         kill(keeper);
         writer::goes_on(&mut console, "keeper killed");
+
+        let program = std::fs::read(vmseal_e2e::lab::bin("vmseal-disk")).expect("it was built");
+        let installed = house.install_disk_program(&program);
+        house.kill_agent();
+        house.start_agent();
+        runs_from(&house, &installed);
+        writer::goes_on(&mut console, "disk program replaced");
+
+        let (_, worker) = house.disk_pids("worker").expect("the disk answers");
+        let broken = house.install_disk_program(b"#!/bin/sh\nexit 1\n");
+        house.kill_agent();
+        house.start_agent();
+        shell::until("the worker of the program before is back", Duration::from_secs(30), || {
+            house.disk_pids("worker").is_some_and(|(_, now)| now != worker)
+        });
+        runs_from(&house, &installed);
+        writer::goes_on(&mut console, "disk program replaced by one that does not serve");
+        std::fs::remove_file(broken).expect("own file");
+        house.install_disk_program(&program);
     }
 
     // Agent and worker together, with no provider to ask.
@@ -83,6 +105,16 @@ fn lost_keeper_stalls_the_guest_until_somebody_starts_it_again() {
     }
     writer::check(&mut console);
     house.power_off(&guest, &mut console);
+}
+
+/// Waits until the VM's disk is served from this file.
+fn runs_from(house: &House, program: &Path) {
+    use std::os::unix::fs::MetadataExt;
+    let wanted = std::fs::metadata(program).expect("own file").ino();
+    shell::until("the worker runs the installed program", Duration::from_secs(30), || {
+        let Some((_, worker)) = house.disk_pids("worker") else { return false };
+        std::fs::metadata(format!("/proc/{worker}/exe")).is_ok_and(|about| about.ino() == wanted)
+    });
 }
 
 /// The guest lives, and for two seconds none of its writes is acknowledged; it writes about twenty a second.
