@@ -25,6 +25,8 @@ use crate::{
 const MAX_REQUESTS: usize = 256;
 /// Most pieces under way.
 const MAX_PIECES: usize = ENTRIES as usize;
+/// So many encrypted bytes are handed to the kernel at once, and do not wait for more.
+const EAGER: usize = 64 << 10;
 /// How long a lane without work keeps large bounce memory: giving it back and taking it again costs as much as a request.
 const IDLE_SECONDS: u64 = 1;
 
@@ -36,6 +38,8 @@ pub(super) struct Ring {
     requests: Requests,
     pieces: Slab<Piece>,
     completed: Vec<(u64, i32)>,
+    /// Bytes encrypted since they were handed to the kernel early.
+    encrypted: usize,
     spare: Vec<Vec<libc::iovec>>,
 }
 
@@ -83,6 +87,7 @@ impl Ring {
             requests,
             pieces: Slab::new(),
             completed: Vec::new(),
+            encrypted: 0,
             spare: Vec::new(),
         })
     }
@@ -123,6 +128,7 @@ impl Ring {
     pub(super) fn turn(&mut self, wait: bool, outbox: &mut Outbox) -> io::Result<()> {
         self.uring.arm_watches();
         self.hand_out(outbox);
+        self.encrypted = 0;
         let wait = wait && outbox.is_empty();
         let idle = self.requests.is_empty() && self.bounce.holds_unused();
         if !self.uring.enter(wait, idle.then_some(IDLE_SECONDS))? {
@@ -154,6 +160,11 @@ impl Ring {
             && let Some(at) = self.requests.front()
         {
             let given = self.next_piece(at, outbox);
+            if self.encrypted >= EAGER {
+                // The medium writes this while the next is encrypted. An error comes again when completions are waited for.
+                self.encrypted = 0;
+                let _ = self.uring.enter(false, None);
+            }
             if !self.requests.turn_over(at, &given, outbox) {
                 break;
             }
@@ -229,6 +240,7 @@ impl Ring {
                 self.over(piece, written, outbox);
                 return given;
             }
+            self.encrypted += length;
         }
         self.start(piece);
         given
