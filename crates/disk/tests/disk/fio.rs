@@ -56,7 +56,7 @@ impl Drop for Daemon {
     }
 }
 
-/// fio with random sizes, flushes and trims, checking every block it wrote.
+/// fio with random sizes and flushes, checking every block it wrote. Trims of a file it cannot; `guest_fio.rs` has them.
 fn fio(mut command: Command, file: &Path, kilobytes: u64, rounds: u64, log: &Path) -> Child {
     command
         .arg("--name=verify")

@@ -5,6 +5,8 @@ mod crash;
 mod fio;
 mod footprint;
 mod growth;
+mod guest;
+mod guest_fio;
 mod hostile;
 mod identity;
 mod interop;
@@ -20,6 +22,9 @@ mod rig;
 #[path = "../../../../tests/e2e/src/round_keys.rs"]
 mod round_keys;
 mod sandbox;
+#[expect(unreachable_pub, reason = "public where it comes from")]
+#[path = "../../../../tests/store/src/seed.rs"]
+mod seed;
 mod tools;
 mod unprivileged;
 mod upgrade;
