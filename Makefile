@@ -3,7 +3,7 @@
 
 CARGO ?= cargo
 PROFILE = --release
-BINS = -p vmseal-cli -p vmseal-server -p vmseal-agent -p vmseal-disk -p vmseal-rbd
+BINS = -p vmseal-cli -p vmseal-server -p vmseal-agent -p vmseal-disk -p vmseal-rbd -p vmseal-nbd-tls
 OUT = $(or $(CARGO_TARGET_DIR),target)/release
 export CARGO_TERM_COLOR ?= auto
 # Each is a file below tests/e2e/tests.

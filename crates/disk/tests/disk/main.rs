@@ -15,6 +15,8 @@ mod latch;
 mod lifecycle;
 mod memory;
 mod nbd_client;
+mod nbd_tls;
+mod nbd_tls_hostile;
 mod peers;
 mod remote;
 mod rig;
@@ -25,6 +27,7 @@ mod sandbox;
 #[expect(unreachable_pub, reason = "public where it comes from")]
 #[path = "../../../../tests/store/src/seed.rs"]
 mod seed;
+mod tls_rig;
 mod tools;
 mod unprivileged;
 mod upgrade;
