@@ -262,8 +262,29 @@ fn requests_wait_for_the_next_helper_and_no_client_sees_an_error() {
     println!("{helpers} helpers and {workers} workers killed under load");
 }
 
-/// A worker's side of the first channel, by hand.
-struct Peer(File);
+/// A worker's side of the first channel, by hand: the socket, and the memory that goes with it.
+struct Peer(File, File);
+
+/// Receives a packet that comes with one descriptor.
+fn receive_with_memory(socket: &File) -> Option<(StoreMessage, File)> {
+    let (mut bytes, mut control) = ([0; MESSAGE_BYTES], [0u64; 8]);
+    let mut part = libc::iovec { iov_base: bytes.as_mut_ptr().cast(), iov_len: bytes.len() };
+    // SAFETY: msghdr is plain data; all zero is its empty value, and every pointer put in outlives the call. The
+    // descriptor in the control message is new and ours alone.
+    unsafe {
+        let mut message: libc::msghdr = mem::zeroed();
+        (message.msg_iov, message.msg_iovlen) = (&mut part, 1);
+        (message.msg_control, message.msg_controllen) =
+            (control.as_mut_ptr().cast(), mem::size_of_val(&control) as _);
+        let got = libc::recvmsg(socket.as_raw_fd(), &mut message, libc::MSG_CMSG_CLOEXEC);
+        let header = libc::CMSG_FIRSTHDR(&message);
+        if got != MESSAGE_BYTES as isize || header.is_null() {
+            return None;
+        }
+        let memory = File::from_raw_fd(libc::CMSG_DATA(header).cast::<i32>().read_unaligned());
+        Some((StoreMessage::decode(&bytes)?, memory))
+    }
+}
 
 impl Peer {
     /// The next helper that is alive: one that was ended may have knocked before.
@@ -276,14 +297,10 @@ impl Peer {
                 assert!(fd >= 0);
                 File::from_raw_fd(fd)
             };
-            let mut peer = Self(stream);
-            let mut bytes = [0; MESSAGE_BYTES];
-            if peer.0.read_exact(&mut bytes).is_err() {
-                continue;
-            }
-            let hello = StoreMessage::decode(&bytes).unwrap();
+            let Some((hello, memory)) = receive_with_memory(&stream) else { continue };
             assert_eq!(hello, StoreMessage::hello(hello.offset));
-            if (&peer.0).write(&bytes).is_ok() {
+            let peer = Self(stream, memory);
+            if (&peer.0).write(&hello.encode()).is_ok() {
                 return peer;
             }
         }
@@ -299,21 +316,65 @@ impl Peer {
         StoreMessage::decode(&bytes).unwrap()
     }
 
+    /// A request about 4 KiB at `offset`, and at the same place in the channel's memory.
+    fn request(op: StoreOp, offset: u64) -> StoreMessage {
+        let (buffer, length) = (offset as u32, 4096);
+        StoreMessage { token: offset, op, flags: 0, errno: 0, offset, length, buffer }
+    }
+
     /// Writes what the channel's memory holds; gives the errno.
     fn write(&mut self) -> i32 {
-        let request = StoreMessage {
-            token: 7,
-            op: StoreOp::Write,
-            flags: 0,
-            errno: 0,
-            offset: 0,
-            length: 4096,
-            buffer: 0,
-        };
+        let request = Self::request(StoreOp::Write, 0);
         self.say(&request);
         let reply = self.hear();
         assert_eq!(StoreMessage { errno: 0, ..reply }, request);
         reply.errno as i32
+    }
+
+    /// Fills the first places of the memory with a byte and asks for all of them to be written; hears nothing yet.
+    fn begin_writes(&self, byte: u8) {
+        for place in 0..IN_FLIGHT {
+            self.1.write_all_at(&[byte; 4096], place * 4096).unwrap();
+            self.say(&Self::request(StoreOp::Write, place * 4096));
+        }
+    }
+
+    /// The outcomes of what was begun.
+    fn end_writes(&mut self) -> Vec<i32> {
+        (0..IN_FLIGHT).map(|_| self.hear().errno as i32).collect()
+    }
+
+    /// The first byte of each place, as the cluster has it.
+    fn read_back(&mut self) -> Vec<u8> {
+        let mut found = Vec::new();
+        for place in 0..IN_FLIGHT {
+            self.say(&Self::request(StoreOp::Read, place * 4096));
+            assert_eq!(self.hear().errno, 0);
+            let mut bytes = [0; 4096];
+            self.1.read_exact_at(&mut bytes, place * 4096).unwrap();
+            assert!(bytes.iter().all(|byte| *byte == bytes[0]), "a write is whole or not there");
+            found.push(bytes[0]);
+        }
+        found
+    }
+}
+
+/// Requests under way when an owner is stopped.
+const IN_FLIGHT: u64 = 32;
+
+/// Stops a process, and lets it go on when dropped.
+struct Stopped(i32);
+
+impl Stopped {
+    fn new(process: &Child) -> Self {
+        kill(process.id() as i32, libc::SIGSTOP);
+        Self(process.id() as i32)
+    }
+}
+
+impl Drop for Stopped {
+    fn drop(&mut self) {
+        kill(self.0, libc::SIGCONT);
     }
 }
 
@@ -321,10 +382,10 @@ impl Peer {
 fn of_two_owners_one_writes() {
     let Some(ceph) = Ceph::start() else { return };
     ceph.rbd(&["create", "--size", "16M", "rbd/vol"]);
-    let rounds = if std::env::var_os("VMSEAL_SOAK").is_some() { 1000 } else { 50 };
+    let rounds = if std::env::var_os("VMSEAL_SOAK").is_some() { 1000 } else { 20 };
     let sockets = [ceph.0.path("a.sock"), ceph.0.path("b.sock")];
     let listeners = sockets.each_ref().map(|path| packet_listener(path));
-    let (mut won, mut fenced) = ([0, 0], 0);
+    let (mut won, mut fenced, mut stopped, mut landed, mut kept_out) = ([0, 0], 0, 0, 0, 0);
     let began = Instant::now();
     for round in 0..rounds {
         let both = sockets.each_ref().map(|socket| Starting::new(&ceph, socket, None));
@@ -339,7 +400,28 @@ fn of_two_owners_one_writes() {
         won[place] += 1;
         let mut first = Peer::accept(&listeners[place]);
         assert_eq!(first.write(), 0);
-        if round % 2 == 0 {
+        if round % 4 == 1 {
+            // The owner is stopped with writes under way, as a host that hangs and comes back.
+            first.begin_writes(1);
+            let hangs = Stopped::new(&winner.process);
+            let taker = Helper::start(&ceph, &sockets[1 - place], Some(&winner.owner));
+            let mut second = Peer::accept(&listeners[1 - place]);
+            second.begin_writes(2);
+            assert!(second.end_writes().iter().all(|errno| *errno == 0), "round {round}");
+            drop(hangs);
+            let outcomes = first.end_writes();
+            assert!(
+                outcomes.iter().all(|errno| [0, libc::ESHUTDOWN].contains(errno)),
+                "round {round}: {outcomes:?}"
+            );
+            landed += outcomes.iter().filter(|errno| **errno == 0).count();
+            kept_out += outcomes.iter().filter(|errno| **errno != 0).count();
+            assert_eq!(first.write(), libc::ESHUTDOWN, "round {round}");
+            assert_eq!(second.read_back(), [2; IN_FLIGHT as usize], "round {round}: a late write landed");
+            stopped += 1;
+            drop((winner, second));
+            taker.end();
+        } else if round % 2 == 0 {
             // The loser's host is told to take over: the winner is alive and does not know.
             let taker = Helper::start(&ceph, &sockets[1 - place], Some(&winner.owner));
             let mut second = Peer::accept(&listeners[1 - place]);
@@ -359,5 +441,9 @@ fn of_two_owners_one_writes() {
             winner.end();
         }
     }
-    println!("{rounds} races, won {won:?}, {fenced} owners fenced while alive, {:?}", began.elapsed());
+    println!(
+        "{rounds} races, won {won:?}; {fenced} owners fenced while alive, {stopped} while stopped with {IN_FLIGHT} writes \
+         under way each ({landed} had landed before, {kept_out} were refused after); {:?}",
+        began.elapsed()
+    );
 }
