@@ -7,15 +7,19 @@
 //! | module | what |
 //! |---|---|
 //! | [`library`] | librbd and librados, loaded when needed |
+//! | [`cluster`] | a connection to a cluster and a pool |
 //! | [`image`] | one image under its exclusive lock |
 //! | [`channel`] | one socket and its memory |
 //! | [`serve`] | the helper's life |
+//! | [`manage`] | an image looked at, made, renamed, removed |
 
 #![deny(unsafe_op_in_unsafe_fn)]
 
 pub mod channel;
+pub mod cluster;
 pub mod image;
 pub mod library;
+pub mod manage;
 pub mod serve;
 
 use std::{

@@ -36,6 +36,14 @@ pub(crate) type Handle = *mut c_void;
 /// `rbd_callback_t`.
 pub(crate) type Callback = extern "C" fn(Handle, *mut c_void);
 
+/// `rbd_image_watcher_t`.
+#[repr(C)]
+pub(crate) struct Watcher {
+    pub(crate) addr: *mut c_char,
+    pub(crate) id: i64,
+    pub(crate) cookie: u64,
+}
+
 macro_rules! functions {
     ($($library:ident { $($name:ident: fn($($argument:ty),*) $(-> $result:ty)?;)* })*) => {
         /// The functions.
@@ -80,7 +88,19 @@ functions! {
     }
     librbd {
         rbd_open: fn(Handle, *const c_char, *mut Handle, *const c_char) -> c_int;
+        rbd_open_read_only: fn(Handle, *const c_char, *mut Handle, *const c_char) -> c_int;
         rbd_close: fn(Handle) -> c_int;
+        rbd_create2: fn(Handle, *const c_char, u64, u64, *mut c_int) -> c_int;
+        rbd_rename: fn(Handle, *const c_char, *const c_char) -> c_int;
+        rbd_remove: fn(Handle, *const c_char) -> c_int;
+        rbd_read: fn(Handle, u64, usize, *mut c_char) -> isize;
+        rbd_get_id: fn(Handle, *mut c_char, usize) -> c_int;
+        rbd_get_features: fn(Handle, *mut u64) -> c_int;
+        rbd_get_create_timestamp: fn(Handle, *mut libc::timespec) -> c_int;
+        rbd_get_modify_timestamp: fn(Handle, *mut libc::timespec) -> c_int;
+        rbd_snap_list: fn(Handle, *mut c_void, *mut c_int) -> c_int;
+        rbd_watchers_list: fn(Handle, *mut Watcher, *mut usize) -> c_int;
+        rbd_watchers_list_cleanup: fn(*mut Watcher, usize);
         rbd_get_size: fn(Handle, *mut u64) -> c_int;
         rbd_lock_acquire: fn(Handle, c_int) -> c_int;
         rbd_lock_get_owners: fn(Handle, *mut c_int, *mut *mut c_char, *mut usize) -> c_int;

@@ -1,59 +1,112 @@
 //! `vmseal-rbd`: keeps one volume's ciphertext on a Ceph RBD image. Started beside a VM's disk process, not by hand.
 
-use std::{
-    ffi::{CString, OsStr, OsString},
-    io::Write,
-    mem,
-    os::unix::ffi::{OsStrExt, OsStringExt},
-    path::PathBuf,
-    process::ExitCode,
-    sync::Arc,
-    thread,
-};
+mod arguments;
+
+use std::{io::Write, mem, process::ExitCode, sync::Arc, thread};
 
 use vmseal_rbd::{
-    image::{Image, ImageError, ImageName, TakeOver},
-    line,
+    cluster::{Cluster, ClusterError},
+    image::{Image, ImageError},
+    library::Library,
+    line, manage,
     serve::{Stop, serve},
 };
 
-const USAGE: &str = "\
-usage: vmseal-rbd --pool POOL --image IMAGE --socket PATH [--namespace NAME] [--user USER] [--conf FILE]
-                  [--take-over OWNER | --take-over-from-anybody]
-
-Takes the image's exclusive lock and serves the disk process that listens at PATH, until that is gone. Says
-`owner NAME` on standard output once the lock is held. --take-over breaks the lock of OWNER and blocklists it.
-Exit codes: 0 ended in order, 1 failed, 2 wrong usage, 3 another client holds the lock.
-";
+use self::arguments::{Arguments, Serve, USAGE, What, parse};
 
 /// Exit code: somebody else has the image.
 const EXIT_HELD: u8 = 3;
+/// Exit code: there is no such image.
+const EXIT_ABSENT: u8 = 4;
+/// Exit code: there is one of that name already.
+const EXIT_EXISTS: u8 = 5;
+/// Exit code: librbd is missing or too old.
+const EXIT_LIBRARY: u8 = 6;
 
 fn main() -> ExitCode {
-    let arguments: Vec<OsString> = std::env::args_os().skip(1).collect();
-    if let [only] = &arguments[..]
-        && (only == "--version" || only == "-V")
-    {
-        let _ = writeln!(std::io::stdout(), "vmseal-rbd {}", env!("CARGO_PKG_VERSION"));
-        return ExitCode::SUCCESS;
-    }
-    let Some((name, take_over, socket)) = parse(arguments) else {
+    let Some(Arguments { name, what }) = parse(std::env::args_os().skip(1).collect()) else {
         let _ = std::io::stderr().write_all(USAGE.as_bytes());
         return ExitCode::from(2);
     };
+    match what {
+        What::Version => say(format!("vmseal-rbd {}\n", env!("CARGO_PKG_VERSION")).as_bytes()),
+        What::Check => match Library::load() {
+            Ok(_) => ExitCode::SUCCESS,
+            Err(error) => failed(&error.into()),
+        },
+        What::Serve(order) => serve_image(&name, &order),
+        What::Info => with(&name, |cluster| Ok(manage::info(cluster, &name.image)?.into_bytes())),
+        What::Read { offset, length } => {
+            with(&name, |cluster| manage::read(cluster, &name.image, offset, length))
+        }
+        What::Create { bytes } => {
+            with(&name, |cluster| manage::create(cluster, &name.image, bytes).map(|()| Vec::new()))
+        }
+        What::Rename { to } => {
+            with(&name, |cluster| manage::rename(cluster, &name.image, &to).map(|()| Vec::new()))
+        }
+        What::Remove => with(&name, |cluster| manage::remove(cluster, &name.image).map(|()| Vec::new())),
+    }
+}
+
+fn with(
+    name: &vmseal_rbd::cluster::ImageName,
+    work: impl FnOnce(&Cluster) -> Result<Vec<u8>, ClusterError>,
+) -> ExitCode {
+    match Cluster::connect(name).and_then(|cluster| work(&cluster)) {
+        Ok(output) => say(&output),
+        Err(error) => failed(&error),
+    }
+}
+
+fn say(output: &[u8]) -> ExitCode {
+    if std::io::stdout().write_all(output).is_ok() { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+}
+
+fn failed(error: &ClusterError) -> ExitCode {
+    line(format_args!("{error}"));
+    match error {
+        ClusterError::Absent { .. } => ExitCode::from(EXIT_ABSENT),
+        ClusterError::Library(_) => ExitCode::from(EXIT_LIBRARY),
+        ClusterError::Failed { cause, .. } if cause.raw_os_error() == Some(libc::EEXIST) => {
+            ExitCode::from(EXIT_EXISTS)
+        }
+        _ => ExitCode::FAILURE,
+    }
+}
+
+fn serve_image(name: &vmseal_rbd::cluster::ImageName, order: &Serve) -> ExitCode {
     // Before librados starts its threads, so that they inherit it.
     let Some(stop) = stop_on_signal() else {
         line(format_args!("cannot block signals or start a thread"));
         return ExitCode::FAILURE;
     };
-    let image = match Image::open(&name, &take_over) {
+    let image = match Image::open(name, &order.take_over) {
         Ok(image) => image,
+        Err(ImageError::Cluster(error)) => return failed(&error),
         Err(error) => {
             line(format_args!("{error}"));
             let held = matches!(error, ImageError::Held { .. });
             return if held { ExitCode::from(EXIT_HELD) } else { ExitCode::FAILURE };
         }
     };
+    if let Some((offset, expected)) = &order.same {
+        match image.has(*offset, expected) {
+            Ok(true) => {}
+            Ok(false) => {
+                line(format_args!(
+                    "image {} was held by another host meanwhile: its owner block is not as it was left. The guest here \
+                     must not go on with it",
+                    image.shown()
+                ));
+                return ExitCode::from(EXIT_HELD);
+            }
+            Err(error) => {
+                line(format_args!("{error}"));
+                return ExitCode::FAILURE;
+            }
+        }
+    }
     match image.owner() {
         Ok(owner) => {
             let _ = writeln!(std::io::stdout(), "owner {}", owner.unwrap_or_default());
@@ -64,44 +117,13 @@ fn main() -> ExitCode {
         }
     }
     let shown = image.shown().to_owned();
-    match serve(image, &socket, &stop) {
+    match serve(image, &order.socket, &stop) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             line(format_args!("{shown}: {error}"));
             ExitCode::FAILURE
         }
     }
-}
-
-fn parse(arguments: Vec<OsString>) -> Option<(ImageName, TakeOver, PathBuf)> {
-    let (mut pool, mut image, mut socket, mut namespace, mut user, mut conf) =
-        (None, None, None, None, None, None);
-    let mut take_over = TakeOver::No;
-    let mut arguments = arguments.into_iter();
-    while let Some(option) = arguments.next() {
-        if option == "--take-over-from-anybody" {
-            take_over = TakeOver::Anybody;
-            continue;
-        }
-        let value = arguments.next()?;
-        let slot = match option.as_bytes() {
-            b"--pool" => &mut pool,
-            b"--image" => &mut image,
-            b"--socket" => &mut socket,
-            b"--namespace" => &mut namespace,
-            b"--user" => &mut user,
-            b"--conf" => &mut conf,
-            b"--take-over" => {
-                take_over = TakeOver::From(value.into_string().ok()?);
-                continue;
-            }
-            _ => return None,
-        };
-        *slot = Some(CString::new(value.into_vec()).ok()?);
-    }
-    let user = user.unwrap_or_else(|| c"admin".into());
-    let socket = PathBuf::from(OsStr::from_bytes(socket?.as_bytes()));
-    Some((ImageName { pool: pool?, namespace, image: image?, user, conf }, take_over, socket))
 }
 
 /// SIGTERM and SIGINT let everything under way end first.
