@@ -1,13 +1,14 @@
 //! One pass over a volume: encrypt a clear file into it, decrypt it into one, compare the two, or fill it with
-//! encrypted zeros.
+//! encrypted zeros. Either may be an image behind a store helper: only ciphertext of the volume and, of a clear image,
+//! what is clear there anyway pass that.
 //!
 //! In: a setup frame and descriptors on the setup socket. Out: events on the same socket. It is resumable from what it
 //! said was durable, never deletes or shortens anything, and ends when the agent closes its end.
 
 use std::{
-    fs::File,
     io,
     os::{fd::OwnedFd, unix::net::UnixStream},
+    sync::Arc,
 };
 
 use aws_lc_rs::digest;
@@ -16,10 +17,12 @@ use vmseal_xts::Cipher;
 
 use crate::{
     EXIT_DONE, EXIT_FAILED, EXIT_SETUP,
-    descriptors::hung_up,
-    frame, log, sandbox,
+    descriptors::{hung_up, peer_of},
+    frame, log,
+    medium::Medium,
+    sandbox,
     setup::{DiskDefect, KeyMemory, SetupError, layout_of},
-    store::{FileStore, Store, StoreError},
+    store::{Store, StoreError},
     volume::{Volume, VolumeError},
     worker::with_causes,
 };
@@ -110,7 +113,12 @@ pub fn run(socket: UnixStream) -> i32 {
         Ok(None) => return EXIT_SETUP,
         Err(error) => return end(&socket, &with_causes(&error), EXIT_SETUP),
     };
-    let work = match Work::prepare(setup, fds) {
+    // Helpers of the user that set this up are served, too.
+    let owner = match peer_of(&socket) {
+        Ok(peer) => peer.uid,
+        Err(error) => return end(&socket, &with_causes(&error), EXIT_SETUP),
+    };
+    let work = match Work::prepare(setup, fds, owner) {
         Ok(work) => work,
         Err(error) => return end(&socket, &with_causes(&error), EXIT_SETUP),
     };
@@ -135,15 +143,15 @@ fn end(socket: &UnixStream, message: &str, code: i32) -> i32 {
 struct Work {
     job: Job,
     volume: Volume,
-    volume_file: FileStore,
-    clear: Option<FileStore>,
+    volume_store: Arc<Medium>,
+    clear: Option<Medium>,
     bytes: u64,
     from: u64,
     unit: u64,
 }
 
 impl Work {
-    fn prepare(setup: JobSetup, fds: Vec<OwnedFd>) -> Result<Self, JobError> {
+    fn prepare(setup: JobSetup, fds: Vec<OwnedFd>, owner: u32) -> Result<Self, JobError> {
         if setup.version != CONTROL_VERSION {
             return Err(JobError::Version { found: setup.version });
         }
@@ -175,21 +183,18 @@ impl Work {
         let dek = keys.dek(&disk, setup.vm).map_err(JobError::Disk)?;
         let cipher = Cipher::new(dek.data_key(), layout.unit as usize)
             .map_err(|error| JobError::Disk(DiskDefect::Key(error)))?;
-        let store = |file: File| {
-            FileStore::new(file, !writes_volume).map_err(|error| JobError::Disk(DiskDefect::Store(error)))
-        };
-        let data = File::from(data);
-        let again = data.try_clone().map_err(|error| JobError::Disk(DiskDefect::Store(error.into())))?;
-        let volume = Volume::new(Box::new(store(data)?), cipher, layout)
+        let volume_store = Medium::new(data, !writes_volume, owner);
+        let volume_store = Arc::new(volume_store.map_err(|error| JobError::Disk(DiskDefect::Store(error)))?);
+        let volume = Volume::new(Box::new(volume_store.clone()), cipher, layout)
             .map_err(|error| JobError::Disk(DiskDefect::Volume(error)))?;
         if writes_volume && volume.stored_bytes() < setup.from {
             return Err(JobError::Resume { from: setup.from, stored: volume.stored_bytes() });
         }
         let clear = clear
-            .map(|fd| FileStore::new(File::from(fd), job != Job::Decrypt).map_err(JobError::ClearFile))
+            .map(|fd| Medium::new(fd, job != Job::Decrypt, owner).map_err(JobError::ClearFile))
             .transpose()?;
         let (bytes, from, unit) = (setup.bytes, setup.from, layout.unit);
-        Ok(Self { job, volume, volume_file: store(again)?, clear, bytes, from, unit })
+        Ok(Self { job, volume, volume_store, clear, bytes, from, unit })
     }
 
     /// Does it; gives the hash, or nothing.
@@ -216,7 +221,7 @@ impl Work {
         Ok(String::new())
     }
 
-    fn decrypt(&self, socket: &UnixStream, clear: &FileStore) -> Result<(), JobError> {
+    fn decrypt(&self, socket: &UnixStream, clear: &Medium) -> Result<(), JobError> {
         let mut buf = vec![0; CHUNK as usize];
         self.each_chunk(socket, |at, len| {
             let piece = self.volume_piece(at, len, &mut buf)?;
@@ -235,9 +240,9 @@ impl Work {
         clear.extend_to(at).and_then(|()| clear.sync_all()).map_err(|cause| JobError::Clear { at, cause })
     }
 
-    fn verify(&self, socket: &UnixStream, clear: &FileStore) -> Result<String, JobError> {
+    fn verify(&self, socket: &UnixStream, clear: &Medium) -> Result<String, JobError> {
         // What is compared should be what the media hold.
-        self.volume_file.forget_cached();
+        self.volume_store.forget_cached();
         clear.forget_cached();
         let mut hash = digest::Context::new(&digest::SHA256);
         let (mut ours, mut theirs) = (vec![0; CHUNK as usize], vec![0; CHUNK as usize]);
@@ -298,7 +303,7 @@ impl Work {
     /// `len` bytes of the clear file, and zeros up to a whole unit. The file may end a little early, never much.
     fn clear_piece<'a>(
         &self,
-        clear: &FileStore,
+        clear: &Medium,
         at: u64,
         len: usize,
         buf: &'a mut [u8],

@@ -18,6 +18,7 @@ pub mod keeper;
 pub mod lane;
 pub mod latch;
 pub mod log;
+pub mod medium;
 pub mod nbd;
 pub mod notice;
 pub mod peer;

@@ -136,6 +136,8 @@ pub(crate) enum Opened {
 pub struct Link {
     listener: OwnedFd,
     owner: u32,
+    /// Whose the listener is: who made it gives it to the user that helpers run as.
+    helper: u32,
     lost: AtomicBool,
     ending: Bell,
     state: Mutex<State>,
@@ -294,7 +296,8 @@ impl Link {
     fn greet(&self, socket: OwnedFd) -> io::Result<OwnedFd> {
         let peer = peer_of(&socket)?;
         // SAFETY: geteuid has no arguments.
-        if peer.uid != 0 && peer.uid != self.owner && peer.uid != unsafe { libc::geteuid() } {
+        let own = unsafe { libc::geteuid() };
+        if ![0, self.owner, self.helper, own].contains(&peer.uid) {
             return Err(io::ErrorKind::PermissionDenied.into());
         }
         set_timeout(&socket, GREETING)?;
@@ -339,15 +342,25 @@ impl RemoteStore {
         is_packet_listener(fd)
     }
 
-    /// A store whose helper connects to `listener`: root, `owner` or this process's own user. Waits for the first one.
+    /// A store whose helper connects to `listener`: root, `owner`, whoever the listener belongs to (`fchown`), or this
+    /// process's own user. Waits for the first one.
     ///
     /// # Errors
     ///
     /// No thread or descriptor left.
     pub fn new(listener: OwnedFd, owner: u32) -> io::Result<Self> {
+        // SAFETY: fstat fills plain data, of an open descriptor.
+        let helper = unsafe {
+            let mut stat: libc::stat = mem::zeroed();
+            if libc::fstat(listener.as_raw_fd(), &mut stat) != 0 {
+                return Err(io::Error::last_os_error());
+            }
+            stat.st_uid
+        };
         let link = Arc::new(Link {
             listener,
             owner,
+            helper,
             lost: AtomicBool::new(false),
             ending: Bell::new()?,
             state: Mutex::default(),

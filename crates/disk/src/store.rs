@@ -80,6 +80,49 @@ pub trait Store: Send + Sync {
     }
 }
 
+impl<S: Store + ?Sized> Store for Arc<S> {
+    fn len(&self) -> io::Result<u64> {
+        (**self).len()
+    }
+
+    fn read_at(&self, at: u64, buf: &mut [u8]) -> io::Result<usize> {
+        (**self).read_at(at, buf)
+    }
+
+    fn write_at(&self, at: u64, buf: &[u8]) -> io::Result<()> {
+        (**self).write_at(at, buf)
+    }
+
+    fn flush(&self) -> io::Result<()> {
+        (**self).flush()
+    }
+
+    fn punch(&self, at: u64, len: u64) -> io::Result<()> {
+        (**self).punch(at, len)
+    }
+
+    fn run_at(&self, at: u64, end: u64) -> Run {
+        (**self).run_at(at, end)
+    }
+
+    unsafe fn read_pieces(&self, at: u64, pieces: &[libc::iovec]) -> io::Result<usize> {
+        // SAFETY: the caller's promise is the same.
+        unsafe { (**self).read_pieces(at, pieces) }
+    }
+
+    fn ring_fd(&self) -> Option<BorrowedFd<'_>> {
+        (**self).ring_fd()
+    }
+
+    fn link(&self) -> Option<&Arc<Link>> {
+        (**self).link()
+    }
+
+    fn alignment(&self) -> Alignment {
+        (**self).alignment()
+    }
+}
+
 /// What a store asks of each access.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Alignment {

@@ -2,8 +2,6 @@
 //!
 //! In goes a file; out comes a [`Header`], which says little: what a disk must look like is in its key record.
 
-use std::fs::File;
-
 use vmseal_keys::Dek;
 use vmseal_model::id::DiskId;
 
@@ -14,6 +12,7 @@ use crate::{
     metadata::{MAX_TOKENS, Metadata, SegmentKind},
     policy::{self, Kind},
     rewrite,
+    source::HeaderFile,
     token::VmsealToken,
 };
 
@@ -33,7 +32,7 @@ impl Header {
     ///
     /// [`LuksError::Refused`] for what the format allows and we do not; [`LuksError::Reencrypting`]; and as
     /// [`repair`](crate::repair).
-    pub fn read(file: &File, detached: bool) -> Result<Self, LuksError> {
+    pub fn read(file: &(impl HeaderFile + ?Sized), detached: bool) -> Result<Self, LuksError> {
         Self::judge(rewrite::load(file, detached)?.metadata)
     }
 
@@ -99,7 +98,11 @@ impl Header {
     ///
     /// As [`Header::read`]; [`LuksError::Full`] and [`LuksError::Frozen`] before anything is written;
     /// [`LuksError::Io`] and [`LuksError::ReadBack`] after, with at least one whole copy, old or new, in the file.
-    pub fn write_token(file: &File, detached: bool, token: &VmsealToken) -> Result<(), LuksError> {
+    pub fn write_token(
+        file: &(impl HeaderFile + ?Sized),
+        detached: bool,
+        token: &VmsealToken,
+    ) -> Result<(), LuksError> {
         let loaded = rewrite::load(file, detached)?;
         policy::check(&loaded.metadata).map_err(LuksError::Refused)?;
         let mut json: Json = loaded.metadata.json.clone();

@@ -45,6 +45,7 @@ pub use inspect::{Verdict, inspect};
 pub use metadata::Metadata;
 pub use owner::{OwnerBlock, OwnerError, OwnerState};
 pub use rewrite::{Copy, Repair, repair};
+pub use source::HeaderFile;
 pub use token::VmsealToken;
 
 /// Bytes before the payload of a volume with an attached header, and the length of a detached header's file.

@@ -14,12 +14,12 @@
 //! | 56..4064 | zero |
 //! | 4064..4096 | SHA-256 of bytes 0 to 4063 |
 
-use std::{fs::File, io, os::unix::fs::FileExt};
+use std::io;
 
 use aws_lc_rs::digest::{SHA256, digest};
 use vmseal_model::id::HostId;
 
-use crate::{OWNER_BLOCK_LEN, OWNER_BLOCK_OFFSET};
+use crate::{OWNER_BLOCK_LEN, OWNER_BLOCK_OFFSET, source::HeaderFile};
 
 const MAGIC: [u8; 8] = *b"VMSOWNER";
 const VERSION: u16 = 1;
@@ -166,9 +166,9 @@ impl OwnerBlock {
     /// # Errors
     ///
     /// As [`OwnerBlock::decode`], or [`OwnerError::Unreadable`].
-    pub fn read(file: &File) -> Result<Self, OwnerError> {
+    pub fn read(file: &(impl HeaderFile + ?Sized)) -> Result<Self, OwnerError> {
         let mut block = [0; OWNER_BLOCK_LEN];
-        match file.read_exact_at(&mut block, OWNER_BLOCK_OFFSET) {
+        match file.get(OWNER_BLOCK_OFFSET, &mut block) {
             Ok(()) => Self::decode(&block),
             Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => Ok(Self::NEVER_HELD),
             Err(error) => Err(OwnerError::Unreadable { kind: error.kind() }),
@@ -182,9 +182,9 @@ impl OwnerBlock {
     /// # Errors
     ///
     /// What the kernel says; the block may then be torn, which [`OwnerBlock::decode`] finds.
-    pub fn write(&self, file: &File) -> io::Result<()> {
-        file.write_all_at(&self.encode(), OWNER_BLOCK_OFFSET)?;
-        file.sync_data()
+    pub fn write(&self, file: &(impl HeaderFile + ?Sized)) -> io::Result<()> {
+        file.put(OWNER_BLOCK_OFFSET, &self.encode())?;
+        file.settle()
     }
 }
 

@@ -3,8 +3,6 @@
 //! In go a file and what both copies shall say. The copy that does not count is written first: usually the secondary,
 //! but the primary where only the secondary is whole. Each is flushed and read back before the other is touched.
 
-use std::{fs::File, os::unix::fs::FileExt};
-
 use vmseal_keys::random_bytes;
 
 use crate::{
@@ -16,7 +14,7 @@ use crate::{
     layout,
     metadata::Metadata,
     policy,
-    source::AtFile,
+    source::{AtFile, HeaderFile},
 };
 
 /// One of the two copies.
@@ -42,7 +40,7 @@ pub enum Repair {
 /// # Errors
 ///
 /// [`LuksError::NotLuks`], [`LuksError::Luks1`], [`LuksError::Damaged`] if no copy is whole; nothing is written then.
-pub fn repair(file: &File, detached: bool) -> Result<Repair, LuksError> {
+pub fn repair(file: &(impl HeaderFile + ?Sized), detached: bool) -> Result<Repair, LuksError> {
     let loaded = load(file, detached)?;
     if !loaded.metadata.needs_repair {
         return Ok(Repair::Nothing);
@@ -53,7 +51,7 @@ pub fn repair(file: &File, detached: bool) -> Result<Repair, LuksError> {
 }
 
 /// The copy that counts, or why there is none.
-pub(crate) fn load(file: &File, detached: bool) -> Result<Loaded, LuksError> {
+pub(crate) fn load(file: &(impl HeaderFile + ?Sized), detached: bool) -> Result<Loaded, LuksError> {
     match copies::load(&mut AtFile(file), Some(detached)).map_err(LuksError::io("read the LUKS2 header"))? {
         Found::NotLuks(why) => Err(LuksError::NotLuks(why)),
         Found::Luks1 => Err(LuksError::Luks1),
@@ -63,7 +61,11 @@ pub(crate) fn load(file: &File, detached: bool) -> Result<Loaded, LuksError> {
 }
 
 /// Writes new metadata into both copies, sequence number one higher.
-pub(crate) fn replace(file: &File, loaded: &Loaded, json: &Json) -> Result<(), LuksError> {
+pub(crate) fn replace(
+    file: &(impl HeaderFile + ?Sized),
+    loaded: &Loaded,
+    json: &Json,
+) -> Result<(), LuksError> {
     if loaded.metadata.lossy {
         let why = "it holds bytes that are no UTF-8 and would be lost";
         return Err(LuksError::Frozen(Defect::new(why)));
@@ -77,14 +79,14 @@ pub(crate) fn replace(file: &File, loaded: &Loaded, json: &Json) -> Result<(), L
     write_area(file, loaded, &area)
 }
 
-fn write_area(file: &File, loaded: &Loaded, area: &[u8]) -> Result<(), LuksError> {
+fn write_area(file: &(impl HeaderFile + ?Sized), loaded: &Loaded, area: &[u8]) -> Result<(), LuksError> {
     let Some(sequence) = loaded.metadata.binary.sequence().checked_add(1) else {
         return Err(LuksError::Frozen(Defect::new("its sequence number cannot rise any more")));
     };
     for (place, bytes) in plan(loaded, area, sequence, [random_bytes()?, random_bytes()?]) {
         write_through(file, place.offset(), &bytes).map_err(LuksError::io("write the LUKS2 header"))?;
         let mut back = vec![0; bytes.len()];
-        file.read_exact_at(&mut back, place.offset()).map_err(LuksError::io("read the LUKS2 header back"))?;
+        file.get(place.offset(), &mut back).map_err(LuksError::io("read the LUKS2 header back"))?;
         if back != bytes {
             return Err(LuksError::ReadBack { copy: place.name() });
         }
@@ -104,9 +106,13 @@ fn plan(loaded: &Loaded, area: &[u8], sequence: u64, salts: [[u8; 64]; 2]) -> [(
 }
 
 /// Writes and waits for the disk. A failure is final: the kernel may have dropped what was not yet written.
-pub(crate) fn write_through(file: &File, offset: u64, bytes: &[u8]) -> std::io::Result<()> {
-    file.write_all_at(bytes, offset)?;
-    file.sync_all()
+pub(crate) fn write_through(
+    file: &(impl HeaderFile + ?Sized),
+    offset: u64,
+    bytes: &[u8],
+) -> std::io::Result<()> {
+    file.put(offset, bytes)?;
+    file.settle()
 }
 
 #[cfg(test)]

@@ -14,18 +14,54 @@ pub(crate) trait Source {
     fn read_at(&mut self, offset: u64, out: &mut [u8]) -> io::Result<()>;
 }
 
-/// A file, read by `pread`. Its cursor stays, unless it is a block device.
-pub(crate) struct AtFile<'a>(pub &'a File);
+/// Where a header lies: a file, or whatever else has bytes at offsets.
+pub trait HeaderFile {
+    /// Length in bytes; for a block device its size.
+    fn byte_len(&self) -> io::Result<u64>;
+    /// Fills `out` from `offset`, or fails; with `UnexpectedEof` where it ends before.
+    fn get(&self, offset: u64, out: &mut [u8]) -> io::Result<()>;
+    /// Writes all of it.
+    fn put(&self, offset: u64, bytes: &[u8]) -> io::Result<()>;
+    /// Returns when what was put is on the medium.
+    fn settle(&self) -> io::Result<()>;
+}
 
-impl Source for AtFile<'_> {
-    fn len(&mut self) -> io::Result<u64> {
-        let about = self.0.metadata()?;
+/// Its cursor stays, unless it is a block device.
+impl HeaderFile for File {
+    fn byte_len(&self) -> io::Result<u64> {
+        let about = self.metadata()?;
         // A device's metadata has no size.
-        if about.is_file() { Ok(about.len()) } else { self.0.seek(SeekFrom::End(0)) }
+        if about.is_file() {
+            Ok(about.len())
+        } else {
+            let mut file = self;
+            file.seek(SeekFrom::End(0))
+        }
+    }
+
+    fn get(&self, offset: u64, out: &mut [u8]) -> io::Result<()> {
+        self.read_exact_at(out, offset)
+    }
+
+    fn put(&self, offset: u64, bytes: &[u8]) -> io::Result<()> {
+        self.write_all_at(bytes, offset)
+    }
+
+    fn settle(&self) -> io::Result<()> {
+        self.sync_all()
+    }
+}
+
+/// Such a place, to be read.
+pub(crate) struct AtFile<'a, F: ?Sized>(pub &'a F);
+
+impl<F: HeaderFile + ?Sized> Source for AtFile<'_, F> {
+    fn len(&mut self) -> io::Result<u64> {
+        self.0.byte_len()
     }
 
     fn read_at(&mut self, offset: u64, out: &mut [u8]) -> io::Result<()> {
-        self.0.read_exact_at(out, offset)
+        self.0.get(offset, out)
     }
 }
 
