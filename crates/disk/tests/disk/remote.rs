@@ -2,6 +2,7 @@
 //! Ceph's packages are missing, unless VMSEAL_NEED_CEPH is set: `make test-rbd` installs them and sets it.
 
 use std::{
+    collections::VecDeque,
     fs::{File, OpenOptions},
     io::{BufRead, BufReader, Read, Write},
     mem,
@@ -22,7 +23,7 @@ use std::{
 
 use vmseal_keys::Dek;
 use vmseal_luks::{VmsealToken, create, create::Geometry, inspect};
-use vmseal_model::store_helper::{MESSAGE_BYTES, StoreMessage, StoreOp};
+use vmseal_model::store_helper::{MAX_BATCH, MESSAGE_BYTES, StoreMessage, StoreOp};
 
 use crate::{
     crash::writer,
@@ -262,8 +263,9 @@ fn requests_wait_for_the_next_helper_and_no_client_sees_an_error() {
     println!("{helpers} helpers and {workers} workers killed under load");
 }
 
-/// A worker's side of the first channel, by hand: the socket, and the memory that goes with it.
-struct Peer(File, File);
+/// A worker's side of the first channel, by hand: the socket, the memory that goes with it, and replies that came in one
+/// packet with another.
+struct Peer(File, File, VecDeque<StoreMessage>);
 
 /// Receives a packet that comes with one descriptor.
 fn receive_with_memory(socket: &File) -> Option<(StoreMessage, File)> {
@@ -299,7 +301,7 @@ impl Peer {
             };
             let Some((hello, memory)) = receive_with_memory(&stream) else { continue };
             assert_eq!(hello, StoreMessage::hello(hello.offset));
-            let peer = Self(stream, memory);
+            let peer = Self(stream, memory, VecDeque::new());
             if (&peer.0).write(&hello.encode()).is_ok() {
                 return peer;
             }
@@ -311,9 +313,12 @@ impl Peer {
     }
 
     fn hear(&mut self) -> StoreMessage {
-        let mut bytes = [0; MESSAGE_BYTES];
-        self.0.read_exact(&mut bytes).unwrap();
-        StoreMessage::decode(&bytes).unwrap()
+        while self.2.is_empty() {
+            let mut packet = [0; MESSAGE_BYTES * MAX_BATCH];
+            let got = self.0.read(&mut packet).unwrap();
+            self.2.extend(StoreMessage::decode_packet(&packet[..got]).expect("the helper is there"));
+        }
+        self.2.pop_front().expect("one came")
     }
 
     /// A request about 4 KiB at `offset`, and at the same place in the channel's memory.
