@@ -18,7 +18,7 @@ help:
 	@echo 'make demo-down     stop what the demo left'
 	@echo 'make test          build, then every proof in its small count (15 minutes on 2 cores)'
 	@echo 'make test-vectors  only the published test vectors'
-	@echo 'make test-rbd      volumes on Ceph RBD, with a cluster on this machine (installs Ceph; 2 minutes)'
+	@echo 'make test-rbd      volumes on Ceph RBD, with a cluster on this machine (installs Ceph; 6 minutes)'
 	@echo 'make soak-NAME     one proof in its full count: $(SOAKS) fio guest-fio xts rbd store'
 	@echo 'make fuzz-NAME     ten minutes (FUZZ_SECONDS) of a target below fuzz/fuzz_targets; fuzz-keep-NAME keeps what it found'
 	@echo 'make bench-start   what encryption adds to virsh start; writes bench/out/start.json'
@@ -50,9 +50,10 @@ test-vectors: rust nextest
 # In `make test` these run only where Ceph's programs are installed already.
 test-rbd soak-rbd: rust nextest
 	@tests/lab/setup.sh ceph
-	$(CARGO) build $(PROFILE) --locked -p vmseal-disk -p vmseal-rbd
+	$(CARGO) build $(PROFILE) --locked $(BINS)
 	VMSEAL_NEED_CEPH=1 $(if $(filter soak-%,$@),VMSEAL_SOAK=1) $(CARGO) nextest run $(PROFILE) --locked -p vmseal-disk \
-	  --profile $(if $(filter soak-%,$@),soak,default) --success-output final -E 'binary(=disk) and test(/^remote::/)'
+	  -p vmseal-agent -p vmseal-e2e --profile $(if $(filter soak-%,$@),soak,default) --success-output final \
+	  -E '(binary(=disk) and test(/^remote::/)) or test(/^tasks::tests::rbd::/) or binary(=rbd)'
 
 $(SOAKS:%=soak-%): soak-%: failpoints build nextest
 	@echo 'make: $* in its full count; it says at its end how often it did what'

@@ -65,7 +65,7 @@ if [ -n "$missing$newer" ]; then
 fi
 
 [ "${1:-all}" = build ] && exit 0
-for user in vmseal vmseal-disk; do
+for user in vmseal vmseal-disk vmseal-rbd; do
   if ! getent passwd "$user" >/dev/null; then
     [ "$(id -u)" = 0 ] || die "system user $user is missing: run make as root"
     say "adding the system user $user"

@@ -4,7 +4,7 @@
 //! for nothing; an agent that comes back takes it on again. Which VM should have one is decided elsewhere; one that
 //! ends though nobody asked is reported. What is done to one VM is done in order.
 
-mod process;
+pub(crate) mod process;
 mod upgrade;
 
 use std::{
@@ -47,6 +47,7 @@ use crate::{
     config::AgentConfig,
     control_frame::{self, FrameError},
     lock::{Claim, claim, claim_header},
+    rbd::{Location, Served, Tool},
     socket_dir::{self, Owner, SocketDirError},
     spawn::{Lifetime, ServiceUser, SpawnError, spawn},
     start::plan::{Plan, PlannedDisk},
@@ -187,6 +188,8 @@ struct Keeper {
     process: Arc<Process>,
     plan: Arc<Plan>,
     since: Instant,
+    /// The images of its disks that are behind helpers.
+    images: Mutex<Vec<Served>>,
 }
 
 impl Backends {
@@ -218,7 +221,8 @@ impl Backends {
             if matches!(why, Why::Runs) && !serves(&status, &plan) {
                 return Err(BackendError::OtherVm.into());
             }
-            *keeper = Some(self.watch(plan.clone(), process, None, &slot));
+            let images = self.images_of(&plan);
+            *keeper = Some(self.watch(plan.clone(), process, None, images, &slot));
         }
         if keeper.is_some() && matches!(why, Why::Runs) {
             return Ok(());
@@ -235,7 +239,8 @@ impl Backends {
         let volumes = open()?;
         match self.launch(&plan, &volumes) {
             Ok((process, child)) => {
-                let started = self.watch(plan, process, Some(child), &slot);
+                let images = volumes.into_iter().filter_map(|(volume, _)| volume.remote.map(Served::keep));
+                let started = self.watch(plan, process, Some(child), images.collect(), &slot);
                 if let Err(late) = why.check() {
                     self.end(&started, true)?;
                     return Err(late.into());
@@ -266,7 +271,7 @@ impl Backends {
             return Err(BackendError::OtherVm);
         }
         tracing::info!(domain = %plan.domain, keeper = process.pid(), "took on the disk process of VM '{}'", plan.name);
-        *keeper = Some(self.watch(plan.clone(), process, None, &slot));
+        *keeper = Some(self.watch(plan.clone(), process, None, self.images_of(plan), &slot));
         self.replace_outdated(plan, &status);
         Ok(true)
     }
@@ -478,11 +483,19 @@ impl Backends {
         }
         self.remove_sockets(domain);
         release(&keeper.plan);
+        release_images(&keeper.images, Some(&keeper.plan));
         Ok(())
     }
 
     /// Has the end of a keeper waited for, and reported if nobody asked for it.
-    fn watch(&self, plan: Plan, process: Process, child: Option<Child>, slot: &Arc<Slot>) -> Keeper {
+    fn watch(
+        &self,
+        plan: Plan,
+        process: Process,
+        child: Option<Child>,
+        images: Vec<Served>,
+        slot: &Arc<Slot>,
+    ) -> Keeper {
         let generation = self.generations.fetch_add(1, Ordering::Relaxed);
         let (plan, process) = (Arc::new(plan), Arc::new(process));
         let keeper = Keeper {
@@ -490,6 +503,7 @@ impl Backends {
             process: Arc::clone(&process),
             plan: Arc::clone(&plan),
             since: Instant::now(),
+            images: Mutex::new(images),
         };
         let (slot, lost) = (Arc::clone(slot), self.lost.clone());
         let wait = move || {
@@ -498,7 +512,9 @@ impl Backends {
             let status = child.and_then(|mut child| child.wait().ok());
             let mut keeper = lock(&slot.keeper);
             if keeper.as_ref().is_some_and(|keeper| keeper.generation == generation) {
-                *keeper = None;
+                let ended = keeper.take();
+                // Whoever starts it again opens the images anew.
+                ended.iter().for_each(|ended| release_images(&ended.images, None));
                 let how = status.map_or("ended".to_owned(), |status| format!("ended: {status}"));
                 tracing::error!(domain = %plan.domain, keeper = process.pid(), "the disk process of VM '{}' {how}", plan.name);
                 let _ = lost.send(BackendLost { plan });
@@ -508,6 +524,23 @@ impl Backends {
             tracing::error!(domain = %keeper.plan.domain, "the disk process is not watched: {error}");
         }
         keeper
+    }
+
+    /// The images of a disk process that an earlier run of the agent started, watched over again.
+    fn images_of(&self, plan: &Plan) -> Vec<Served> {
+        let at =
+            |disk: &PlannedDisk| Location::of_path(&disk.source)?.ok().map(|at| (disk.disk.to_string(), at));
+        let images: Vec<_> = plan.disks.iter().filter_map(at).collect();
+        if images.is_empty() {
+            return Vec::new();
+        }
+        match Tool::new(&self.config) {
+            Ok(tool) => images.iter().map(|(name, at)| Served::adopt(&tool, at, name)).collect(),
+            Err(error) => {
+                tracing::error!(domain = %plan.domain, "the helpers of its images are not watched: {error}");
+                Vec::new()
+            }
+        }
     }
 
     fn open_log(&self, domain: DomainUuid) -> Result<(File, PathBuf), BackendError> {
@@ -542,6 +575,9 @@ fn serves(status: &DiskStatus, plan: &Plan) -> bool {
 /// Writes into the owner blocks that nobody holds the volumes any more. Information only, so what fails is let be.
 fn release(plan: &Plan) {
     for disk in plan.disks.iter().filter(|disk| !disk.read_only) {
+        if Location::of_path(&disk.source).is_some() {
+            continue;
+        }
         let path = disk.header.as_deref().unwrap_or(&disk.source);
         let Ok(file) = open_regular(path, true) else { continue };
         // Whoever has the lock by now writes the block himself.
@@ -554,6 +590,21 @@ fn release(plan: &Plan) {
         {
             let _ = owner.released().write(&file);
         }
+    }
+}
+
+/// Gives images back, their locks with them; with a plan, their owner blocks say so. Information only.
+fn release_images(images: &Mutex<Vec<Served>>, plan: Option<&Plan>) {
+    for mut image in lock(images).drain(..) {
+        let at = image.location().to_string();
+        let writes = |plan: &Plan| plan.disks.iter().any(|disk| !disk.read_only && *disk.source == *at);
+        if plan.is_some_and(writes)
+            && let Ok(channel) = image.channel()
+            && let Ok(owner) = OwnerBlock::read(&channel)
+        {
+            let _ = owner.released().write(&channel);
+        }
+        image.end();
     }
 }
 

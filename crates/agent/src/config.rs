@@ -29,6 +29,17 @@ pub struct AgentConfig {
     pub disk_user: String,
     /// The group QEMU runs with: it may connect to the disks' sockets.
     pub qemu_group: String,
+    /// The program that keeps volumes on Ceph RBD. Unset: beside this program, else
+    /// [`AgentConfig::INSTALLED_RBD_BINARY`].
+    pub rbd_binary: Option<PathBuf>,
+    /// The user that program runs as: it reads the keyring.
+    pub rbd_user: String,
+    /// Ceph's configuration. Unset: where Ceph looks for it.
+    pub ceph_conf: Option<PathBuf>,
+    /// The keyring with the key of the Ceph user. Unset: where the configuration says.
+    pub ceph_keyring: Option<PathBuf>,
+    /// The Ceph user without `client.`, whatever a definition says. Unset: the definition's, else `admin`.
+    pub ceph_user: Option<String>,
     /// Logs of the disk processes.
     pub log_dir: PathBuf,
     /// Where libvirtd looks for qemu hooks; only looked at, to warn of a missing one.
@@ -45,6 +56,11 @@ impl Default for AgentConfig {
             disk_binary: None,
             disk_user: "vmseal-disk".into(),
             qemu_group: "libvirt-qemu".into(),
+            rbd_binary: None,
+            rbd_user: "vmseal-rbd".into(),
+            ceph_conf: None,
+            ceph_keyring: None,
+            ceph_user: None,
             log_dir: "/var/log/vmseal".into(),
             hook_dir: "/etc/libvirt/hooks/qemu.d".into(),
         }
@@ -54,6 +70,9 @@ impl Default for AgentConfig {
 impl AgentConfig {
     /// Where the packages put the disk program.
     pub const INSTALLED_DISK_BINARY: &'static str = "/usr/libexec/vmseal/vmseal-disk";
+
+    /// Where the packages put the helper for Ceph RBD.
+    pub const INSTALLED_RBD_BINARY: &'static str = "/usr/libexec/vmseal/vmseal-rbd";
 
     /// Reads `path`. Only [`DEFAULT_PATH`] may be missing: that is the default configuration.
     ///
@@ -82,9 +101,15 @@ impl AgentConfig {
             ("log_dir", &config.log_dir),
             ("hook_dir", &config.hook_dir),
         ];
-        let disk_binary = config.disk_binary.as_ref().map(|p| ("disk_binary", p));
+        let optional = [
+            ("disk_binary", &config.disk_binary),
+            ("rbd_binary", &config.rbd_binary),
+            ("ceph_conf", &config.ceph_conf),
+            ("ceph_keyring", &config.ceph_keyring),
+        ];
+        let optional = optional.into_iter().filter_map(|(key, path)| Some((key, path.as_ref()?)));
         let relative =
-            named.into_iter().chain(disk_binary).find(|(_, dir)| !dir.is_absolute()).map(|(key, _)| key);
+            named.into_iter().chain(optional).find(|(_, dir)| !dir.is_absolute()).map(|(key, _)| key);
         relative.map_or(Ok(config), |key| Err(ConfigError::Relative { path: path.to_owned(), key }))
     }
 
@@ -110,12 +135,21 @@ impl AgentConfig {
 
     /// The disk program to run.
     pub fn disk_program(&self) -> PathBuf {
-        let beside = || {
-            let beside = std::env::current_exe().ok()?.with_file_name("vmseal-disk");
-            beside.exists().then_some(beside)
-        };
-        self.disk_binary.clone().or_else(beside).unwrap_or_else(|| Self::INSTALLED_DISK_BINARY.into())
+        program(&self.disk_binary, "vmseal-disk", Self::INSTALLED_DISK_BINARY)
     }
+
+    /// The helper for Ceph RBD to run.
+    pub fn rbd_program(&self) -> PathBuf {
+        program(&self.rbd_binary, "vmseal-rbd", Self::INSTALLED_RBD_BINARY)
+    }
+}
+
+fn program(configured: &Option<PathBuf>, name: &str, installed: &str) -> PathBuf {
+    let beside = || {
+        let beside = std::env::current_exe().ok()?.with_file_name(name);
+        beside.exists().then_some(beside)
+    };
+    configured.clone().or_else(beside).unwrap_or_else(|| installed.into())
 }
 
 /// Begins the name of every VM's directory in the run directory.

@@ -4,6 +4,7 @@
 //! where its absence is the finding. Reads are bounded, for this runs with every inventory.
 
 mod landlock;
+mod rbd;
 mod speed;
 mod swap;
 
@@ -49,6 +50,7 @@ pub fn findings(config: &AgentConfig, root: &Path) -> Vec<Warning> {
         host.disk_program(),
         host.disk_user(),
         host.qemu_group(),
+        rbd::finding(&host),
         secret_memory(protection()),
         landlock::finding(),
         speed::io_uring(&host),

@@ -15,7 +15,8 @@ pub use crate::xml::XmlError;
 use crate::{
     fast_disk::{self, replace_source},
     metadata::{from_element, qualified_element},
-    shared_memory,
+    rbd::Location,
+    rbd_disk, shared_memory,
     xml::{Document, Element, Node},
 };
 
@@ -71,6 +72,8 @@ pub enum DiskSource {
     File(String),
     /// A block device.
     Block(String),
+    /// An image on Ceph RBD.
+    Rbd(Location),
     /// An NBD export on a unix socket, as ours are.
     NbdUnix {
         /// The socket.
@@ -262,19 +265,22 @@ impl DomainXml {
     pub fn encrypt_disk(&mut self, target: &str, source: &EncryptedSource) -> Result<Aside, XmlError> {
         let (aside, cpus) = (self.aside(target), self.cpus());
         let disk = self.disk_mut(target)?;
-        match source.class {
-            DiskClass::Fast => Ok(fast_disk::enter(disk, &source.socket, cpus, aside)),
+        let image = rbd_disk::enter(disk, &aside);
+        let mut aside = match source.class {
+            DiskClass::Fast => fast_disk::enter(disk, &source.socket, cpus, aside),
             DiskClass::Compatible => {
                 leave(disk, &aside);
                 disk.set("type", "network");
                 set_driver(disk, source.format, true);
                 replace_source(disk, source_element(source));
-                Ok(Aside::new())
+                Aside::new()
             }
-        }
+        };
+        aside.extend(image);
+        Ok(aside)
     }
 
-    /// Makes a disk of ours a disk in a file again.
+    /// Makes a disk of ours a disk in a file, or an RBD image, again.
     ///
     /// # Errors
     ///
@@ -283,9 +289,14 @@ impl DomainXml {
         let aside = self.aside(target);
         let disk = self.disk_mut(target)?;
         leave(disk, &aside);
-        disk.set("type", "file");
         set_driver(disk, format, false);
-        replace_source(disk, Element::new("source").with("file", path));
+        match Location::is_meant_by(path).then(|| Location::parse(path)) {
+            Some(Ok(location)) => rbd_disk::leave(disk, &location, &aside),
+            _ => {
+                disk.set("type", "file");
+                replace_source(disk, Element::new("source").with("file", path));
+            }
+        }
         Ok(())
     }
 
@@ -389,7 +400,7 @@ fn view(disk: &Element) -> DiskView {
             // Unknown kinds are as little ours as pass-through.
             Some(_) => DiskDevice::Lun,
         },
-        source: source_view(disk.get("type").unwrap_or("file"), source),
+        source: source_view(disk, source),
         format: disk.child("driver").and_then(|driver| driver.get("type")).map(str::to_owned),
         read_only: disk.child("readonly").is_some(),
         shareable: disk.child("shareable").is_some(),
@@ -402,8 +413,9 @@ fn view(disk: &Element) -> DiskView {
     }
 }
 
-fn source_view(kind: &str, source: Option<&Element>) -> DiskSource {
+fn source_view(disk: &Element, source: Option<&Element>) -> DiskSource {
     let Some(source) = source else { return DiskSource::None };
+    let kind = disk.get("type").unwrap_or("file");
     let named = |attribute: &str| source.get(attribute).filter(|value| !value.is_empty()).map(str::to_owned);
     match kind {
         "file" => named("file").map_or(DiskSource::None, DiskSource::File),
@@ -418,6 +430,10 @@ fn source_view(kind: &str, source: Option<&Element>) -> DiskSource {
                 None => DiskSource::Other("network nbd".to_owned()),
             }
         }
+        "network" if source.get("protocol") == Some("rbd") => match rbd_disk::location(disk, source) {
+            Ok(location) => DiskSource::Rbd(location),
+            Err(why) => DiskSource::Other(format!("network rbd, and {why}")),
+        },
         "vhostuser" if source.get("type") == Some("unix") => match named("path") {
             Some(socket) => DiskSource::VhostUser { socket },
             None => DiskSource::Other("vhostuser".to_owned()),

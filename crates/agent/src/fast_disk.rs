@@ -15,9 +15,9 @@ const QUEUES: u32 = 4;
 /// What `<driver>` says to QEMU's block layer, through which a vhost-user disk does not go.
 const BLOCK_LAYER: [&str; 8] =
     ["cache", "copy_on_read", "detect_zeroes", "discard", "discard_no_unref", "io", "ioeventfd", "iothread"];
-/// Elements a vhost-user disk may have. The chain is of the old source.
-const ALLOWED: [&str; 9] =
-    ["acpi", "address", "alias", "backingStore", "boot", "driver", "mirror", "source", "target"];
+/// Elements a vhost-user disk may have. The chain and the authentication are of the old source.
+const ALLOWED: [&str; 10] =
+    ["acpi", "address", "alias", "auth", "backingStore", "boot", "driver", "mirror", "source", "target"];
 
 /// Whether a disk has that form.
 pub(crate) fn is_fast(disk: &Element) -> bool {

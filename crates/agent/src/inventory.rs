@@ -294,6 +294,7 @@ fn clear(disk: &DiskView) -> v1::Disk {
     // Not looked at: a file system that does not answer would hold up everybody.
     let source = match &disk.source {
         DiskSource::File(path) | DiskSource::Block(path) => path.clone(),
+        DiskSource::Rbd(location) => location.to_string(),
         DiskSource::NbdUnix { socket, .. } | DiskSource::VhostUser { socket } => socket.clone(),
         DiskSource::None => String::new(),
         DiskSource::Other(kind) => kind.clone(),

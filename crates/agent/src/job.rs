@@ -5,10 +5,9 @@
 //! is durable is the child's word, after its flush.
 
 use std::{
-    fs::File,
     io::{self, BufRead, BufReader},
     os::{
-        fd::{AsFd, AsRawFd},
+        fd::{AsFd, AsRawFd, BorrowedFd},
         unix::net::UnixStream,
     },
     path::PathBuf,
@@ -53,7 +52,7 @@ pub struct JobOrder<'a> {
     /// Its key.
     pub dek: &'a Dek,
     /// The clear file; not for [`Job::Zero`].
-    pub other: Option<&'a File>,
+    pub other: Option<BorrowedFd<'a>>,
     /// Bytes of plaintext it is about.
     pub bytes: u64,
     /// Where to begin.
@@ -154,7 +153,7 @@ impl JobProgram {
         let log = child.stderr.take().map(keep_last_line);
         let running = Running { child, socket: ours, log, ended: None };
         let mut fds = vec![keys.as_fd(), order.volume.data.as_fd()];
-        fds.extend(order.other.map(AsFd::as_fd));
+        fds.extend(order.other);
         // A child that died at once closes its end; its log says more than the broken pipe.
         match control_frame::send(&running.socket, &setup, &fds) {
             Err(FrameError::Io(_)) => Ok(running),

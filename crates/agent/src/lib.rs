@@ -34,6 +34,8 @@ pub mod new_volume;
 pub(crate) mod ours;
 pub mod peer;
 pub mod ports;
+pub mod rbd;
+pub(crate) mod rbd_disk;
 pub mod reconcile;
 pub mod repair;
 #[cfg(test)]

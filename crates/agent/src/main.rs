@@ -13,6 +13,7 @@ use vmseal_agent::{
     doctor,
     identity::JoinedHost,
     join::{Joined, join},
+    rbd::{Location, RbdError, Tool},
 };
 use zeroize::Zeroizing;
 
@@ -25,6 +26,9 @@ Commands:
   run     Run until ended; systemd does this
   join    Join a server: the token of 'vmseal host add' comes on standard input
   status  What this host is, and what is not right on it
+  fence-rbd POOL/IMAGE
+          Take an RBD image from a host that is off: breaks its lock and blocklists
+          that host's client. Says who it is; does it with --that-host-is-off
 
 Options:
   --config FILE  Configuration [default: /etc/vmseal/agent.toml]
@@ -43,6 +47,7 @@ enum What {
     Run,
     Join,
     Status,
+    FenceRbd { image: String, sure: bool },
     Version,
     Help,
 }
@@ -68,6 +73,7 @@ fn main() -> ExitCode {
         What::Run => with_config(&path, run),
         What::Join => with_config(&path, |config| join_server(&config)),
         What::Status => with_config(&path, |config| status(&config)),
+        What::FenceRbd { image, sure } => with_config(&path, |config| fence_rbd(&config, &image, sure)),
     };
     done.map_or_else(|why| fail(&why), |()| ExitCode::SUCCESS)
 }
@@ -89,6 +95,13 @@ fn arguments() -> Result<(What, PathBuf), String> {
             ("run", None) => what = Some(What::Run),
             ("join", None) => what = Some(What::Join),
             ("status", None) => what = Some(What::Status),
+            ("fence-rbd", None) => what = Some(What::FenceRbd { image: String::new(), sure: false }),
+            ("--that-host-is-off", Some(What::FenceRbd { image, .. })) => {
+                what = Some(What::FenceRbd { image: image.clone(), sure: true });
+            }
+            (_, Some(What::FenceRbd { image, sure })) if image.is_empty() && !name.starts_with('-') => {
+                what = Some(What::FenceRbd { image: text.clone().into_owned(), sure: *sure });
+            }
             // Standard input is where the token comes from anyway.
             ("-", Some(What::Join)) => {}
             (_, Some(What::Join)) => {
@@ -160,6 +173,27 @@ fn status(config: &AgentConfig) -> Result<(), String> {
         text += &format!("warning: {}: {}\n  hint: {}\n", finding.code, finding.message, finding.hint);
     }
     print(&text)
+}
+
+/// An explicit order of whoever knows that the other host is off: nothing here ever does it by itself.
+fn fence_rbd(config: &AgentConfig, image: &str, sure: bool) -> Result<(), String> {
+    let location = if Location::is_meant_by(image) { image.to_owned() } else { format!("rbd:{image}") };
+    let words = |error: RbdError| format!("{}\nhint: {}", causes(&error), error.hint());
+    let location = Location::parse(&location).map_err(words)?;
+    let tool = Tool::new(config).map_err(words)?;
+    let Some(info) = tool.info(&location).map_err(words)? else {
+        return Err(format!("there is no RBD image {}", location.name()));
+    };
+    if !sure {
+        let who = if info.watchers.is_empty() { "nobody".to_owned() } else { info.watchers.join(", ") };
+        return Err(format!(
+            "nothing was done: {} is open at {who}\nhint: if that host is off or cut from the cluster, add \
+             --that-host-is-off; one that still writes loses what it has not written",
+            location.name()
+        ));
+    }
+    let done = tool.fence(&location).map_err(words)?;
+    print(&format!("{}: {done}\n", location.name()))
 }
 
 fn print(text: &str) -> Result<(), String> {

@@ -14,7 +14,10 @@ use vmseal_model::{
     state::InnerFormat,
 };
 
-use crate::xml::{Element, XmlError};
+use crate::{
+    rbd::Location,
+    xml::{Element, XmlError},
+};
 
 /// Most disks of one domain that are read.
 pub const MAX_DISKS: usize = 1024;
@@ -171,10 +174,11 @@ fn text<'a>(element: &'a Element, attribute: &str, about: &str) -> Result<&'a st
 
 fn path<'a>(element: &'a Element, attribute: &str, about: &str) -> Result<&'a str, XmlError> {
     let path = text(element, attribute, about)?;
-    if path.starts_with('/') {
+    let image = attribute == "source" && Location::parse(path).is_ok();
+    if path.starts_with('/') || image {
         Ok(path)
     } else {
-        Err(damaged(format!("{about}: '{attribute}' is not an absolute path")))
+        Err(damaged(format!("{about}: '{attribute}' is neither an absolute path nor an RBD image")))
     }
 }
 

@@ -94,14 +94,26 @@ pub fn create_exclusive(path: &Path, ownership: Ownership) -> io::Result<File> {
 ///
 /// [`NewVolumeError`]; the file is of no use then.
 pub fn fill(file: &File, dek: &Dek, record: &KeyRecord) -> Result<(), NewVolumeError> {
+    let header = header_of(dek, record)?;
+    let Subject::Disk { payload_offset, .. } = record.head.subject else {
+        return Err(NewVolumeError::NoDisk);
+    };
+    allocate(file, payload_offset + record.state.stored_bytes)?;
+    file.write_all_at(&header, 0).map_err(io("write the volume's header"))?;
+    file.sync_all().map_err(io("flush the volume"))
+}
+
+/// The beginning of a volume: its header with the record in it.
+///
+/// # Errors
+///
+/// [`NewVolumeError::NoDisk`], [`NewVolumeError::Header`].
+pub fn header_of(dek: &Dek, record: &KeyRecord) -> Result<Vec<u8>, NewVolumeError> {
     let Subject::Disk { disk, unit, payload_offset, .. } = record.head.subject else {
         return Err(NewVolumeError::NoDisk);
     };
     let geometry = Geometry { unit_bytes: unit.get(), payload_offset };
-    let header = create(dek, disk, &geometry, &VmsealToken { records: vec![record.encode()] })?;
-    allocate(file, payload_offset + record.state.stored_bytes)?;
-    file.write_all_at(&header, 0).map_err(io("write the volume's header"))?;
-    file.sync_all().map_err(io("flush the volume"))
+    Ok(create(dek, disk, &geometry, &VmsealToken { records: vec![record.encode()] })?)
 }
 
 /// Gives the file its length and its space.

@@ -36,9 +36,11 @@ impl<'a> OnSocket<'a> {
         let (socket, class, export) = match &disk.source {
             DiskSource::NbdUnix { socket, export } => (socket, DiskClass::Compatible, Some(export.as_str())),
             DiskSource::VhostUser { socket } => (socket, DiskClass::Fast, None),
-            DiskSource::File(_) | DiskSource::Block(_) | DiskSource::None | DiskSource::Other(_) => {
-                return None;
-            }
+            DiskSource::File(_)
+            | DiskSource::Block(_)
+            | DiskSource::Rbd(_)
+            | DiskSource::None
+            | DiskSource::Other(_) => return None,
         };
         let socket = Path::new(socket);
         let on = Self { socket, class, target: &disk.target, export };

@@ -25,8 +25,9 @@ use crate::{
     libvirt::HypervisorEvent,
     metadata::metadata_element,
     ports::{Definition, DomainInfo, Hypervisor, HypervisorError},
+    rbd::Location,
     socket_dir,
-    start::plan::{Plan, plan},
+    start::plan::{Plan, PlannedDisk, plan},
     store::{Store, StoredDisk},
     tasks::Refusal,
     uplink::Uplink,
@@ -202,7 +203,9 @@ impl Reconciler {
     /// The same for the headers of volumes that are served here; whether one had to be written.
     pub(crate) fn repair_tokens(&self, plan: &Plan) -> Result<bool, Refusal> {
         let mut repaired = false;
-        for disk in plan.disks.iter().filter(|disk| !disk.read_only) {
+        // An image's is brought up to date when it is opened, and belongs to its helper afterwards.
+        let in_file = |disk: &&PlannedDisk| !disk.read_only && Location::of_path(&disk.source).is_none();
+        for disk in plan.disks.iter().filter(in_file) {
             let Some((_, stored)) = self.store.disk(disk.disk) else { continue };
             let header = disk.header.as_deref();
             let token = token_record(&disk.source, header, disk.disk);

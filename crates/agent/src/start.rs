@@ -32,7 +32,7 @@ use crate::{
     store::{Store, StoredDisk},
     tasks::Refusal,
     uplink::Uplink,
-    volume::{OpenVolume, open_locked, token_record},
+    volume::{self, OpenVolume, token_of},
 };
 
 /// How long keys and floors may take together: a missing key is refused within two seconds.
@@ -153,7 +153,7 @@ impl Starter {
             let candidates: Vec<Candidate> = [
                 (Origin::Store, stored.map(|s| s.record.clone())),
                 (Origin::Server, from_server.map(|s| s.record.clone()).filter(|record| !record.is_empty())),
-                (Origin::Token, token_record(&disk.source, disk.header.as_deref(), disk.disk)),
+                (Origin::Token, token_of(&self.config, &disk.source, disk.header.as_deref(), disk.disk)),
                 (Origin::Metadata, disk.in_metadata.clone()),
             ]
             .into_iter()
@@ -179,14 +179,24 @@ impl Starter {
             let slot = u32::try_from(slot).expect("a domain has far fewer disks");
             let mut volume = loop {
                 let header = disk.header.as_deref();
-                match open_locked(&disk.source, header, &record, &dek, &disk.target, slot, disk.read_only) {
+                match volume::open(
+                    &self.config,
+                    &disk.source,
+                    header,
+                    &record,
+                    &dek,
+                    &disk.target,
+                    slot,
+                    disk.read_only,
+                ) {
                     Ok(volume) => break volume,
                     // A child that is being started has a copy of every lock until it runs its program.
                     Err(error) if error.code() == Code::VolumeInUse && Instant::now() < until => {
                         thread::sleep(PAUSE)
                     }
                     Err(error) => {
-                        return Err(Refusal::new(error.code(), causes(&error)).about(&disk.target).into());
+                        let refusal = Refusal::new(error.code(), causes(&error)).hint(error.hint());
+                        return Err(refusal.about(&disk.target).into());
                     }
                 }
             };

@@ -19,6 +19,7 @@ mod hold;
 mod image;
 mod origin;
 mod pass;
+mod place;
 mod plan;
 mod qcow2;
 mod refusal;

@@ -4,6 +4,8 @@
 //! must be, the header only confirms it. It reads no data and decides no epoch: the record was verified by whoever
 //! has the key.
 
+mod remote;
+
 use std::{
     fs::{File, OpenOptions},
     io,
@@ -15,7 +17,7 @@ use std::{
 };
 
 use vmseal_keys::{Dek, key_check};
-use vmseal_luks::{Header, LuksError, OwnerBlock, VmsealToken, repair};
+use vmseal_luks::{Header, HeaderFile, LuksError, OwnerBlock, VmsealToken, repair};
 use vmseal_model::{
     control::{DiskSetup, ExportKind},
     id::{DiskId, HostId, VmId},
@@ -23,7 +25,11 @@ use vmseal_model::{
     refusal::Code,
 };
 
-use crate::lock::{Claim, LockError, claim_header, claim_soon};
+pub use self::remote::{open, token_of};
+use crate::{
+    lock::{Claim, LockError, claim_header, claim_soon},
+    rbd::{RbdError, Served},
+};
 
 /// Why a volume is not opened.
 #[derive(Debug, thiserror::Error)]
@@ -45,6 +51,9 @@ pub enum VolumeError {
         /// Which.
         path: PathBuf,
     },
+    /// It is an RBD image that cannot be had.
+    #[error(transparent)]
+    Rbd(#[from] RbdError),
     /// Somebody else has it.
     #[error("{} is {lock}", path.display())]
     Locked {
@@ -109,8 +118,17 @@ impl VolumeError {
             Self::Locked { lock: LockError::InUse { .. }, .. } => Code::VolumeInUse,
             Self::Io { source, .. } if source.kind() == io::ErrorKind::NotFound => Code::NotFound,
             Self::NotRegular { .. } => Code::UnsupportedDisk,
+            Self::Rbd(error) => error.code(),
             Self::Io { .. } | Self::Locked { .. } => Code::Failed,
             _ => Code::Integrity,
+        }
+    }
+
+    /// What to do next; empty where there is nothing to name.
+    pub fn hint(&self) -> String {
+        match self {
+            Self::Rbd(error) => error.hint(),
+            _ => String::new(),
         }
     }
 }
@@ -118,7 +136,7 @@ impl VolumeError {
 /// A volume that is open and locked. The locks live with the descriptions, in whatever process they are passed to.
 #[derive(Debug)]
 pub struct OpenVolume {
-    /// The data, and the header if that is attached.
+    /// The data, and the header if that is attached; with an image behind a helper the socket where that is served.
     pub data: File,
     /// The header, if it is detached.
     pub header: Option<File>,
@@ -126,6 +144,8 @@ pub struct OpenVolume {
     pub setup: DiskSetup,
     /// Bytes of the disk that are stored now; at least what the record says.
     pub stored_bytes: u64,
+    /// The helper that has the image's lock, where it is one.
+    pub remote: Option<Served>,
 }
 
 impl OpenVolume {
@@ -135,7 +155,9 @@ impl OpenVolume {
     ///
     /// The file system's. The block is information, the lock decides: a caller may go on.
     pub fn hold(&self, host: HostId) -> io::Result<()> {
-        self.owner().taken_by(host).write(&self.owner_file()?)
+        let block = self.write_owner(|owner| owner.taken_by(host))?;
+        // A helper that is started again makes sure that nobody else held it meanwhile.
+        self.remote.as_ref().map_or(Ok(()), |served| served.remember_owner(&block.encode()))
     }
 
     /// Writes into the owner block that nobody holds it.
@@ -144,13 +166,27 @@ impl OpenVolume {
     ///
     /// As [`OpenVolume::hold`].
     pub fn release(&self) -> io::Result<()> {
-        self.owner().released().write(&self.owner_file()?)
+        self.write_owner(OwnerBlock::released).map(drop)
     }
 
     /// What the owner block says; one that is damaged counts as never written.
     pub fn owner(&self) -> OwnerBlock {
-        let block = self.owner_file().ok().and_then(|file| OwnerBlock::read(&file).ok());
-        block.unwrap_or(OwnerBlock::NEVER_HELD)
+        self.with_owner_file(read_owner).unwrap_or(OwnerBlock::NEVER_HELD)
+    }
+
+    fn write_owner(&self, change: impl Fn(&OwnerBlock) -> OwnerBlock) -> io::Result<OwnerBlock> {
+        self.with_owner_file(|file| {
+            let block = change(&read_owner(file));
+            block.write(file).map(|()| block)
+        })?
+    }
+
+    /// Something with the owner block: through the helper, where there is one.
+    fn with_owner_file<T>(&self, work: impl FnOnce(&dyn HeaderFile) -> T) -> io::Result<T> {
+        match &self.remote {
+            Some(served) => Ok(work(&served.channel()?)),
+            None => Ok(work(&self.owner_file()?)),
+        }
     }
 
     /// The file with the owner block, opened anew: whoever was handed [`OpenVolume::data`] may have switched O_DIRECT on
@@ -162,7 +198,11 @@ impl OpenVolume {
     }
 }
 
-/// Opens and locks a volume and holds it against its record.
+fn read_owner(file: &dyn HeaderFile) -> OwnerBlock {
+    OwnerBlock::read(file).unwrap_or(OwnerBlock::NEVER_HELD)
+}
+
+/// Opens and locks a volume in a file and holds it against its record.
 ///
 /// Order: file, lock, header against record, key, length. A header of which one copy is damaged is repaired from the
 /// other, unless `read_only`. A read-only volume may be opened by others for reading too.
@@ -199,29 +239,13 @@ pub fn open_locked(
     check_header(file, path, header.is_some(), &subject, dek, read_only)?;
 
     let len = length(&data, source)?;
-    let stored = len.saturating_sub(subject.payload_offset);
-    let (expected, presented) = (record.state.stored_bytes, record.state.presented_bytes);
-    if stored < expected {
-        return Err(VolumeError::Truncated { path: source.to_owned(), stored, expected });
-    }
-    let setup = DiskSetup {
-        disk: subject.disk,
-        target: target.to_owned(),
-        key_slot,
-        key_check: hex(&record.head.key_check),
-        unit_bytes: subject.unit_bytes,
-        payload_offset: subject.payload_offset,
-        detached_header: header_file.is_some(),
-        presented_bytes: presented,
-        grows: presented > expected,
-        read_only,
-        discard: !read_only,
-        export: ExportKind::default(),
-        serial: String::new(),
-    };
-    // A whole number of units: what is more was never written by a worker.
-    let stored_bytes = (stored - stored % u64::from(subject.unit_bytes)).min(presented);
-    Ok(OpenVolume { data, header: header_file, setup, stored_bytes })
+    let (setup, stored_bytes) = subject
+        .setup(record, len, (target, key_slot, read_only, header_file.is_some()))
+        .map_err(|stored| {
+            let (path, expected) = (source.to_owned(), record.state.stored_bytes);
+            VolumeError::Truncated { path, stored, expected }
+        })?;
+    Ok(OpenVolume { data, header: header_file, setup, stored_bytes, remote: None })
 }
 
 /// What a record says of its volume.
@@ -247,10 +271,46 @@ impl DiskSubject {
         let (vm, key_check) = (record.head.vm, record.head.key_check);
         Ok(Self { vm, disk, unit_bytes: unit.get(), payload_offset, key_check })
     }
+
+    /// How a process is to serve a volume of so many bytes, and how many of the disk's are stored.
+    ///
+    /// # Errors
+    ///
+    /// How many are, if that is fewer than the record says.
+    fn setup(
+        &self,
+        record: &KeyRecord,
+        len: u64,
+        (target, key_slot, read_only, detached_header): (&str, u32, bool, bool),
+    ) -> Result<(DiskSetup, u64), u64> {
+        let stored = len.saturating_sub(self.payload_offset);
+        let (expected, presented) = (record.state.stored_bytes, record.state.presented_bytes);
+        if stored < expected {
+            return Err(stored);
+        }
+        let setup = DiskSetup {
+            disk: self.disk,
+            target: target.to_owned(),
+            key_slot,
+            key_check: hex(&self.key_check),
+            unit_bytes: self.unit_bytes,
+            payload_offset: self.payload_offset,
+            detached_header,
+            presented_bytes: presented,
+            grows: presented > expected,
+            read_only,
+            discard: !read_only,
+            export: ExportKind::default(),
+            serial: String::new(),
+        };
+        // A whole number of units: what is more was never written by a worker.
+        let stored_bytes = (stored - stored % u64::from(self.unit_bytes)).min(presented);
+        Ok((setup, stored_bytes))
+    }
 }
 
 fn check_header(
-    file: &File,
+    file: &(impl HeaderFile + ?Sized),
     path: &Path,
     detached: bool,
     subject: &DiskSubject,
@@ -284,7 +344,11 @@ fn check_header(
 /// lock is taken.
 pub fn token_record(source: &Path, header: Option<&Path>, disk: DiskId) -> Option<Vec<u8>> {
     let file = open_regular(header.unwrap_or(source), false).ok()?;
-    let found = Header::read(&file, header.is_some()).ok().filter(|h| h.uuid() == disk)?;
+    record_in(&file, header.is_some(), disk)
+}
+
+fn record_in(file: &(impl HeaderFile + ?Sized), detached: bool, disk: DiskId) -> Option<Vec<u8>> {
+    let found = Header::read(file, detached).ok().filter(|h| h.uuid() == disk)?;
     found.token()?.records.into_iter().find(|bytes| is_of(bytes, disk))
 }
 
@@ -301,9 +365,18 @@ pub fn write_token_record(
     record: &[u8],
 ) -> Result<(), VolumeError> {
     let path = header.unwrap_or(source);
+    write_record(&open_regular(path, true)?, path, header.is_some(), disk, record)
+}
+
+fn write_record(
+    file: &(impl HeaderFile + ?Sized),
+    path: &Path,
+    detached: bool,
+    disk: DiskId,
+    record: &[u8],
+) -> Result<(), VolumeError> {
     let refused = |source| VolumeError::Header { path: path.to_owned(), source };
-    let file = open_regular(path, true)?;
-    let found = Header::read(&file, header.is_some()).map_err(refused)?;
+    let found = Header::read(file, detached).map_err(refused)?;
     if found.uuid() != disk {
         let (found, expected) = (found.uuid().to_string(), disk.to_string());
         return Err(VolumeError::Mismatch { path: path.to_owned(), what: "the disk id", found, expected });
@@ -311,7 +384,7 @@ pub fn write_token_record(
     let mut records = vec![record.to_vec()];
     let old = found.token().unwrap_or_default().records;
     records.extend(old.into_iter().filter(|bytes| !is_of(bytes, disk)));
-    Header::write_token(&file, header.is_some(), &VmsealToken { records }).map_err(refused)
+    Header::write_token(file, detached, &VmsealToken { records }).map_err(refused)
 }
 
 fn is_of(bytes: &[u8], disk: DiskId) -> bool {

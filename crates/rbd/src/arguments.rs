@@ -18,6 +18,7 @@ usage: vmseal-rbd [serve] IMAGE --socket PATH [--take-over OWNER | --take-over-f
        vmseal-rbd create IMAGE --bytes N
        vmseal-rbd rename IMAGE --to NAME
        vmseal-rbd remove IMAGE
+       vmseal-rbd fence IMAGE                      takes the lock from whoever has it, blocklists that client, gives it back
        vmseal-rbd check                            whether librbd can be used
 IMAGE: --pool POOL --image IMAGE [--namespace NAME] [--user USER] [--conf FILE] [--monitors ADDRESSES]
        [--keyring FILE] [--patience SECONDS]
@@ -41,6 +42,7 @@ pub(crate) enum What {
     Check,
     Serve(Serve),
     Info,
+    Fence,
     Read { offset: u64, length: usize },
     Create { bytes: u64 },
     Rename { to: CString },
@@ -115,6 +117,7 @@ pub(crate) fn parse(arguments: Vec<OsString>) -> Option<Arguments> {
             })
         }
         b"info" => What::Info,
+        b"fence" => What::Fence,
         b"read" => {
             let length = usize::try_from(number(take(b"--bytes")?)?).ok()?;
             What::Read {

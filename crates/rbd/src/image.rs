@@ -76,18 +76,36 @@ impl Image {
     ///
     /// [`ImageError`]; nothing was written.
     pub fn open(name: &ImageName, take_over: &TakeOver) -> Result<Self, ImageError> {
-        let mut this = Self { image: ptr::null_mut(), bytes: 0, cluster: Cluster::connect(name)? };
-        // SAFETY: an open pool, a NUL-terminated name, a place for the handle, which `drop` closes.
-        let result = unsafe {
-            (this.library().rbd_open)(this.cluster.pool(), name.image.as_ptr(), &mut this.image, ptr::null())
-        };
-        this.cluster.check_there("opening the image", result)?;
+        let mut this = Self::look_at(name)?;
         this.lock(take_over)?;
         let mut bytes = 0;
         // SAFETY: an open image and a place for the answer.
         let result = unsafe { (this.library().rbd_get_size)(this.image, &mut bytes) };
         this.check("asking the size", result)?;
         this.bytes = bytes;
+        Ok(this)
+    }
+
+    /// Takes the lock from whoever has it, keeps that client from writing, and gives the lock back; who it was.
+    ///
+    /// # Errors
+    ///
+    /// [`ImageError`].
+    pub fn fence(name: &ImageName) -> Result<Option<String>, ImageError> {
+        let this = Self::look_at(name)?;
+        let owner = this.owner()?;
+        this.lock(&TakeOver::Anybody)?;
+        Ok(owner)
+    }
+
+    /// Without the lock.
+    fn look_at(name: &ImageName) -> Result<Self, ImageError> {
+        let mut this = Self { image: ptr::null_mut(), bytes: 0, cluster: Cluster::connect(name)? };
+        // SAFETY: an open pool, a NUL-terminated name, a place for the handle, which `drop` closes.
+        let result = unsafe {
+            (this.library().rbd_open)(this.cluster.pool(), name.image.as_ptr(), &mut this.image, ptr::null())
+        };
+        this.cluster.check_there("opening the image", result)?;
         Ok(this)
     }
 

@@ -36,6 +36,11 @@ fn main() -> ExitCode {
         },
         What::Serve(order) => serve_image(&name, &order),
         What::Info => with(&name, |cluster| Ok(manage::info(cluster, &name.image)?.into_bytes())),
+        What::Fence => match Image::fence(&name) {
+            Ok(Some(owner)) => say(format!("{owner} held it and is blocklisted\n").as_bytes()),
+            Ok(None) => say(b"nobody held it\n"),
+            Err(error) => refused(&error),
+        },
         What::Read { offset, length } => {
             with(&name, |cluster| manage::read(cluster, &name.image, offset, length))
         }
@@ -75,6 +80,14 @@ fn failed(error: &ClusterError) -> ExitCode {
     }
 }
 
+fn refused(error: &ImageError) -> ExitCode {
+    if let ImageError::Cluster(error) = error {
+        return failed(error);
+    }
+    line(format_args!("{error}"));
+    if matches!(error, ImageError::Held { .. }) { ExitCode::from(EXIT_HELD) } else { ExitCode::FAILURE }
+}
+
 fn serve_image(name: &vmseal_rbd::cluster::ImageName, order: &Serve) -> ExitCode {
     // Before librados starts its threads, so that they inherit it.
     let Some(stop) = stop_on_signal() else {
@@ -83,12 +96,7 @@ fn serve_image(name: &vmseal_rbd::cluster::ImageName, order: &Serve) -> ExitCode
     };
     let image = match Image::open(name, &order.take_over) {
         Ok(image) => image,
-        Err(ImageError::Cluster(error)) => return failed(&error),
-        Err(error) => {
-            line(format_args!("{error}"));
-            let held = matches!(error, ImageError::Held { .. });
-            return if held { ExitCode::from(EXIT_HELD) } else { ExitCode::FAILURE };
-        }
+        Err(error) => return refused(&error),
     };
     if let Some((offset, expected)) = &order.same {
         match image.has(*offset, expected) {

@@ -87,6 +87,15 @@ impl House {
         fs::write(state.join("agent.toml"), agent).expect("own folder");
     }
 
+    /// Has the agent know a Ceph cluster; before it is started.
+    pub fn know_ceph(&self, conf: &Path) {
+        let more =
+            format!("rbd_binary = \"{}\"\nceph_conf = \"{}\"\n", bin("vmseal-rbd").display(), conf.display());
+        let agent = self.lab.state.join("agent.toml");
+        let text = fs::read_to_string(&agent).expect("own file");
+        fs::write(&agent, text + &more).expect("own folder");
+    }
+
     /// Starts the server as its own user and waits for its socket.
     pub fn start_server(&mut self) {
         let mut command = shell::tool("setpriv");
@@ -318,8 +327,13 @@ impl House {
 
     /// Defines a guest and waits until the server has heard of it.
     pub fn define(&self, guest: &Guest) {
+        self.define_as(guest, &guest.xml());
+    }
+
+    /// The same with a definition of the test's own.
+    pub fn define_as(&self, guest: &Guest, xml: &str) {
         let file = self.lab.state.join(format!("{}.xml", guest.name));
-        fs::write(&file, guest.xml()).expect("own folder");
+        fs::write(&file, xml).expect("own folder");
         self.libvirtd.must_virsh(&["define", path(&file)]);
         shell::until("the server has the VM", Duration::from_secs(30), || {
             self.vmseal(&["vm", "show", &guest.name]).ok()

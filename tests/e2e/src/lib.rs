@@ -1,6 +1,7 @@
 //! The whole house on one machine: a private libvirtd, server, agent, disks and real guests. What the end-to-end
 //! tests and the demo stand on; no test is in here.
 
+pub mod ceph;
 pub mod console;
 pub mod domain;
 pub mod house;

@@ -6,7 +6,7 @@
 use std::{fs, sync::Once, thread, time::Duration};
 
 /// How the names of programs begin that daemonize: libvirtd's QEMUs, of every target, and the agent's disk processes.
-const DAEMONS: [&str; 2] = ["qemu-system-", "vmseal-disk"];
+const DAEMONS: [&str; 3] = ["qemu-system-", "vmseal-disk", "vmseal-rbd"];
 
 /// Begins, once a process.
 pub(crate) fn take_in() {

@@ -11,14 +11,14 @@ use std::{
 
 /// The process.
 #[derive(Debug)]
-pub(super) struct Process {
+pub(crate) struct Process {
     pid: i32,
     handle: OwnedFd,
 }
 
 impl Process {
     /// The process with this pid now.
-    pub(super) fn open(pid: i32) -> io::Result<Self> {
+    pub(crate) fn open(pid: i32) -> io::Result<Self> {
         // SAFETY: numbers only; on success the descriptor is new and ours alone.
         let handle = unsafe {
             let fd = libc::syscall(libc::SYS_pidfd_open, libc::c_long::from(pid), 0 as libc::c_long);
@@ -31,7 +31,7 @@ impl Process {
     }
 
     /// The process, if it runs as `uid`; for a pid that was told and not got from our own fork.
-    pub(super) fn open_of(pid: i32, uid: u32) -> io::Result<Self> {
+    pub(crate) fn open_of(pid: i32, uid: u32) -> io::Result<Self> {
         if pid <= 1 {
             return Err(io::Error::other("it is no process of ours"));
         }
@@ -43,12 +43,12 @@ impl Process {
         if real == Some(uid) { Ok(process) } else { Err(io::Error::other("it runs as another user")) }
     }
 
-    pub(super) fn pid(&self) -> i32 {
+    pub(crate) fn pid(&self) -> i32 {
         self.pid
     }
 
     /// Waits until it has ended; false if it has not by then.
-    pub(super) fn wait_until(&self, deadline: Option<Instant>) -> bool {
+    pub(crate) fn wait_until(&self, deadline: Option<Instant>) -> bool {
         loop {
             let timeout = deadline.map_or(-1, |d| {
                 let left = d.saturating_duration_since(Instant::now());
@@ -69,18 +69,27 @@ impl Process {
     }
 
     /// Waits so long.
-    pub(super) fn wait_for(&self, timeout: Duration) -> bool {
+    pub(crate) fn wait_for(&self, timeout: Duration) -> bool {
         self.wait_until(Some(Instant::now() + timeout))
     }
 
     /// Ends it at once; its worker goes with it. One that has ended already is no error.
-    pub(super) fn kill(&self) {
+    pub(crate) fn kill(&self) {
+        self.signal(libc::SIGKILL);
+    }
+
+    /// Asks it to end.
+    pub(crate) fn terminate(&self) {
+        self.signal(libc::SIGTERM);
+    }
+
+    fn signal(&self, signal: libc::c_int) {
         // SAFETY: an open pidfd, a signal's number, no signal information.
         unsafe {
             libc::syscall(
                 libc::SYS_pidfd_send_signal,
                 self.handle.as_raw_fd() as libc::c_long,
-                libc::c_long::from(libc::SIGKILL),
+                libc::c_long::from(signal),
                 0 as libc::c_long,
                 0 as libc::c_long,
             );

@@ -292,3 +292,40 @@ fn cpu_without_aes_is_named() {
         lab.only("no-aes");
     }
 }
+
+#[test]
+fn host_without_ceph_lacks_nothing_and_one_with_it_hears_what_is_missing() {
+    let mut lab = Lab::new();
+    let finding = |lab: &Lab| {
+        rbd::finding(&Host { config: &lab.config, root: lab.scratch.path() })
+            .map(|w| (w.code, w.message, w.hint))
+    };
+    assert_eq!(finding(&lab), None);
+    lab.config.rbd_binary = Some("/usr/libexec/vmseal/vmseal-rbd".into());
+    lab.config.ceph_conf = Some("/etc/ceph/ceph.conf".into());
+    let code = |lab: &Lab| finding(lab).unwrap().0;
+    assert_eq!(code(&lab), "rbd-program-missing");
+    lab.program("/usr/libexec/vmseal/vmseal-rbd", 0o755);
+    assert_eq!(code(&lab), "rbd-user-missing");
+    lab.write("/etc/passwd", "vmseal-rbd:x:991:991::/nonexistent:/usr/sbin/nologin\n");
+    let (code_, message, hint) = finding(&lab).unwrap();
+    assert_eq!(
+        (code_.as_str(), message.as_str(), hint.as_str()),
+        (
+            "librbd-missing",
+            "librados.so.2 is not installed: no disk on Ceph RBD can be served",
+            "apt install librados2"
+        )
+    );
+    lab.write("/usr/lib/x86_64-linux-gnu/librados.so.2", "");
+    assert_eq!(finding(&lab).unwrap().2, "apt install librbd1");
+    lab.write("/usr/lib/x86_64-linux-gnu/librbd.so.1", "");
+    assert_eq!(code(&lab), "ceph-file-missing");
+    lab.write("/etc/ceph/ceph.conf", "");
+    assert_eq!(finding(&lab), None);
+    // One that held an image once is looked at without any configuration.
+    lab.config.ceph_conf = None;
+    lab.write("/var/lib/vmseal/agent/rbd/x.json", "{}");
+    lab.remove("/usr/lib/x86_64-linux-gnu/librbd.so.1");
+    assert_eq!(code(&lab), "librbd-missing");
+}

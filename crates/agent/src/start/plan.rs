@@ -19,6 +19,7 @@ use crate::{
     domain_xml::DomainXml,
     metadata::is_target,
     ours::OnSocket,
+    rbd::Location,
     store::{Store, StoredDisk},
     tasks::Refusal,
 };
@@ -149,7 +150,10 @@ fn planned(
     let from_store = stored.as_ref().map(|s| (&s.source, &s.header, s.format));
     let from_metadata = in_metadata.map(|m| (&m.source, &m.header, m.format));
     // The store's path first; the metadata's where the volume was moved and the domain edited to follow.
-    let there = |(source, _, _): &(&String, &Option<String>, _)| Path::new(source.as_str()).exists();
+    // Whether an image is there only its cluster can say.
+    let there = |(source, _, _): &(&String, &Option<String>, _)| {
+        Location::is_meant_by(source) || Path::new(source.as_str()).exists()
+    };
     let (source, header, format) =
         from_store.filter(there).or(from_metadata.filter(there)).or(from_store).or(from_metadata)?;
     let serial = in_metadata.and_then(|m| m.aside.get("serial")).filter(|_| seen.class == DiskClass::Fast);

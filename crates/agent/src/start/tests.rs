@@ -16,6 +16,7 @@ use super::*;
 use crate::{
     new_volume::{Ownership, create_exclusive, fill},
     scratch::Scratch,
+    volume::open_locked,
 };
 
 const DOMAIN: DomainUuid = DomainUuid::from_bytes([1; 16]);

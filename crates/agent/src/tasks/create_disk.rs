@@ -16,10 +16,10 @@ use crate::{
         command::KeyChoice,
         context::Context,
         encrypt::check_new_disks,
-        image::check_free,
+        place,
         plan::{EncryptPlan, NewDisk, Origin, Target, UNIT},
         refusal::Refusal,
-        refuse::{check_class, idle_domain, vm_id},
+        refuse::{check_class, check_format, idle_domain, vm_id},
     },
 };
 
@@ -54,7 +54,7 @@ pub(crate) fn plan(
     }
     check_new_bus(&idle.xml, wanted)?;
     check_class(&idle.xml, wanted.target, wanted.format, wanted.class)?;
-    let disks = vec![new_disk(wanted)?];
+    let disks = vec![new_disk(ctx, wanted)?];
     check_new_disks(&disks)?;
     Ok(EncryptPlan { vm, domain, name: name.clone(), key: key.clone(), disks, definition: Target::Add })
 }
@@ -73,7 +73,7 @@ fn check_new_bus(xml: &DomainXml, wanted: &Wanted<'_>) -> Result<(), Refusal> {
 }
 
 /// A disk that is not there yet.
-pub(crate) fn new_disk(wanted: &Wanted<'_>) -> Result<NewDisk, Refusal> {
+pub(crate) fn new_disk(ctx: &Context, wanted: &Wanted<'_>) -> Result<NewDisk, Refusal> {
     let bad = |text: String| Refusal::new(Code::BadRequest, text);
     if !is_target(wanted.target) {
         let text =
@@ -83,7 +83,8 @@ pub(crate) fn new_disk(wanted: &Wanted<'_>) -> Result<NewDisk, Refusal> {
     if wanted.bytes == 0 || wanted.bytes > MAX_BYTES {
         return Err(bad(format!("a disk has 1 byte to 64 TiB, not {}", wanted.bytes)));
     }
-    check_free(wanted.path)?;
+    check_format(wanted.path, wanted.format)?;
+    place::check_free(&ctx.world, wanted.path)?;
     let size = wanted.bytes.next_multiple_of(UNIT);
     let (origin, stored, presented) = match wanted.format {
         InnerFormat::Raw => (Origin::Zeros, size, size),

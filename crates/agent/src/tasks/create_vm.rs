@@ -22,6 +22,7 @@ use crate::{
         create_disk::{Wanted, new_disk},
         encrypt::{check_new_disks, existing},
         image::{Uses, shell},
+        place,
         plan::{EncryptPlan, NewDisk, Target},
         refusal::Refusal,
         refuse::{self, check_class, clear_image},
@@ -108,7 +109,7 @@ fn disk(
     sizes: &BTreeMap<String, u64>,
 ) -> Result<NewDisk, Refusal> {
     let (path, format) = clear_image(disk)?;
-    let there = std::fs::symlink_metadata(&path).is_ok();
+    let there = place::look(&ctx.world, &path)?.is_some();
     match (there, sizes.get(&disk.target)) {
         (true, None) => existing(ctx, uses, (xml, disk), domain, class, SourceFate::Keep),
         (true, Some(_)) => {
@@ -117,8 +118,9 @@ fn disk(
         }
         (false, Some(bytes)) => {
             check_class(xml, &disk.target, format, class)?;
-            let volume = format!("{path}.vmseal");
-            new_disk(&Wanted { target: &disk.target, path: &volume, format, bytes: *bytes, class })
+            let volume = place::encrypted_name(&path);
+            let wanted = Wanted { target: &disk.target, path: &volume, format, bytes: *bytes, class };
+            new_disk(ctx, &wanted)
         }
         (false, None) => {
             Err(Refusal::new(Code::NotFound, format!("{path} is not there, and no size is given"))

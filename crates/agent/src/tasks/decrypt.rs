@@ -12,18 +12,20 @@ use vmseal_model::{
 };
 
 use crate::{
-    domain_xml::{DiskSource, DomainXml},
+    domain_xml::DomainXml,
     new_volume::Ownership,
+    rbd::Location,
     store::StoredDisk,
     tasks::{
         context::Context,
-        image::{check_free, check_space, examine},
+        image::{check_space, examine},
+        place,
         plan::{ClearDisk, DecryptPlan, directory},
         refusal::{Halt, Refusal},
         refuse::{check_targets, idle_domain, is_encrypted, vm_id},
         unlock,
     },
-    volume::open_locked,
+    volume,
 };
 
 /// Looks at everything; the agent's store gets the newest record of each disk, and nothing else changes.
@@ -62,7 +64,8 @@ pub(crate) fn plan(
             halt => halt,
         })?);
     }
-    let needs: Vec<_> = disks.iter().map(|d| (directory(&d.clear), d.bytes)).collect();
+    let files = disks.iter().filter(|d| !Location::is_meant_by(&d.clear));
+    let needs: Vec<_> = files.map(|d| (directory(&d.clear), d.bytes)).collect();
     check_space(&needs)?;
     Ok(DecryptPlan { vm, domain, name, disks, fate })
 }
@@ -75,10 +78,17 @@ fn clear_disk(
     disk: &DiskMetadata,
 ) -> Result<ClearDisk, Halt> {
     let (volume, header) = (Path::new(&disk.source), disk.header.as_deref().map(Path::new));
-    let image = examine(&disk.source)?;
+    let (identity, ownership) = match place::location(&disk.source)? {
+        Some(at) => (place::identity(&at, &place::idle_image(&ctx.world, &at)?), Ownership::default()),
+        None => {
+            let image = examine(&disk.source)?;
+            (image.identity, image.ownership)
+        }
+    };
     let opened = unlock::newest(ctx, vm, domain, disk.disk, &disk.record, (volume, header))?;
-    let open = open_locked(volume, header, &opened.record, &opened.dek, &disk.target, 0, true)
-        .map_err(Refusal::from)?;
+    let (record, dek, config) = (&opened.record, &opened.dek, &ctx.world.config);
+    let open = volume::open(config, volume, header, record, dek, &disk.target, 0, true);
+    let open = open.map_err(Refusal::from)?;
     // A crash resumes from the store alone.
     let stored = ctx.world.store.disk(disk.disk).map(|(_, stored)| stored);
     if stored.as_ref().is_none_or(|s| s.record != opened.record.encode() || s.retired) {
@@ -86,17 +96,17 @@ fn clear_disk(
         let unverified = stored.is_none_or(|s| s.epoch_unverified);
         ctx.world.store.put_disk(vm, domain, to_store(disk, &opened, unverified))?;
     }
-    let clear = clear_path(xml, &disk.source)?;
+    let clear = clear_path(ctx, xml, &disk.source)?;
     Ok(ClearDisk {
         target: disk.target.clone(),
         disk: disk.disk,
         volume: disk.source.clone(),
         header: disk.header.clone(),
-        identity: image.identity,
+        identity,
         format: disk.format,
         clear,
         bytes: bytes_of(&open.setup, open.stored_bytes, disk.format),
-        ownership: Ownership { mode: image.ownership.mode & 0o666, ..image.ownership },
+        ownership: Ownership { mode: ownership.mode & 0o666, ..ownership },
     })
 }
 
@@ -124,16 +134,15 @@ fn bytes_of(setup: &DiskSetup, stored: u64, format: InnerFormat) -> u64 {
 }
 
 /// The image's old name if that is free, else one more than the volume's.
-fn clear_path(xml: &DomainXml, volume: &str) -> Result<String, Refusal> {
-    let named =
-        |path: &str| xml.disks().iter().any(|d| matches!(&d.source, DiskSource::File(p) if p == path));
-    if let Some(old) = volume.strip_suffix(".vmseal")
-        && !named(old)
-        && check_free(old).is_ok()
+fn clear_path(ctx: &Context, xml: &DomainXml, volume: &str) -> Result<String, Refusal> {
+    let named = |path: &str| xml.disks().iter().any(|d| place::is_at(&d.source, path));
+    let (old, clear) = place::clear_names(volume);
+    if let Some(old) = old
+        && !named(&old)
+        && place::check_free(&ctx.world, &old).is_ok()
     {
-        return Ok(old.to_owned());
+        return Ok(old);
     }
-    let clear = format!("{}.clear", volume.strip_suffix(".vmseal").unwrap_or(volume));
-    check_free(&clear)?;
+    place::check_free(&ctx.world, &clear)?;
     Ok(clear)
 }

@@ -3,36 +3,38 @@
 //! A plan that was written down in; the domain on clear files, or everything as before, out. Each step may be repeated
 //! after a crash. Records stay in the store, retired: a volume that was kept, or an old backup of it, may need them.
 
-use std::{fs::File, path::Path};
+use std::path::Path;
 
 use serde::Deserialize;
 use serde_json::{Value, json};
 use vmseal_model::{control::Job, id::DomainUuid, refusal::Code, task::SourceFate};
 
 use crate::{
-    domain_xml::{DiskSource, DomainXml},
+    domain_xml::DomainXml,
     new_volume::{allocate, create_exclusive, rename_exclusive},
     ours::OnSocket,
+    rbd::Location,
     tasks::{
         context::{Context, World},
         encrypt_steps::about,
         hold::{lock_again, lock_source, patiently},
         image::shell,
         pass::Pass,
+        place::{self, Clear},
         plan::{ClearDisk, DecryptPlan, Identity, for_job},
         refusal::{Halt, Refusal, io_refusal},
         switch::{NewFiles, Switch, settle},
         unlock, wipe,
     },
-    volume::{OpenVolume, open_locked, open_regular},
+    volume::{self, OpenVolume, open_regular},
 };
 
 #[derive(Default)]
 struct Held {
     volume: Option<OpenVolume>,
     keys: Option<unlock::Opened>,
-    /// The clear file, locked.
-    clear: Option<File>,
+    /// The clear file or image, locked.
+    clear: Option<Clear>,
 }
 
 /// Goes through the steps that are not done; gives what to tell at the end.
@@ -92,10 +94,17 @@ fn release(held: &Held) {
 fn open(ctx: &mut Context, plan: &DecryptPlan, disk: &ClearDisk, held: &mut Held) -> Result<(), Halt> {
     let keys = unlock::stored_dek(ctx, plan.vm, plan.domain, disk.disk)?;
     let (path, header) = (Path::new(&disk.volume), disk.header.as_deref().map(Path::new));
-    let mut volume =
-        patiently(ctx, || open_locked(path, header, &keys.record, &keys.dek, &disk.target, 0, false))?;
-    let metadata = volume.data.metadata().map_err(|e| io_refusal("look at", path, &e))?;
-    if !Identity::of(&metadata).same_file(&disk.identity) {
+    let mut volume = patiently(ctx, || {
+        volume::open(&ctx.world.config, path, header, &keys.record, &keys.dek, &disk.target, 0, false)
+    })?;
+    let now = match &volume.remote {
+        Some(_) => place::look(&ctx.world, &disk.volume)?,
+        None => {
+            let metadata = volume.data.metadata().map_err(|e| io_refusal("look at", path, &e))?;
+            Some(Identity::of(&metadata))
+        }
+    };
+    if !now.is_some_and(|now| now.same_file(&disk.identity)) {
         let text = format!("{} was replaced by another file meanwhile", disk.volume);
         return Err(Refusal::new(Code::Conflict, text).into());
     }
@@ -112,12 +121,14 @@ fn allocated(ctx: &mut Context, disk: &ClearDisk) -> Result<(), Halt> {
     ctx.step(&disk.target, "allocated", |ctx| {
         let (unfinished, clear) = (disk.unfinished(ctx.command.task), Path::new(&disk.clear));
         let made: Option<Identity> = ctx.data(&disk.target, "created");
-        if let Some(made) = made
-            && std::fs::symlink_metadata(clear).is_ok_and(|m| Identity::of(&m).same_file(&made))
-        {
+        if made.is_some_and(|made| place::is_still(&ctx.world, &disk.clear, &made)) {
             return Ok(json!({}));
         }
-        wipe::delete(&unfinished.to_string_lossy())?;
+        place::delete(&ctx.world, &unfinished.to_string_lossy())?;
+        if Location::is_meant_by(&disk.clear) {
+            place::make_image(ctx, &disk.target, (&unfinished, &disk.clear), disk.bytes, None)?;
+            return Ok(json!({}));
+        }
         let file = create_exclusive(&unfinished, disk.ownership)
             .map_err(|e| io_refusal("create", &unfinished, &e))?;
         let metadata = file.metadata().map_err(|e| io_refusal("look at", &unfinished, &e))?;
@@ -142,8 +153,7 @@ fn verified(ctx: &mut Context, plan: &DecryptPlan, disk: &ClearDisk, held: &mut 
     ctx.step(&disk.target, "verified", |ctx| {
         let sha256 = pass(ctx, plan, disk, held, Job::Verify)?;
         let clear = held.clear.as_ref().expect("the pass opened it");
-        let clear = clear.metadata().map_err(|e| io_refusal("look at", Path::new(&disk.clear), &e))?;
-        Ok(json!({ "sha256": sha256, "clear": Identity::of(&clear) }))
+        Ok(json!({ "sha256": sha256, "clear": clear.identity(&ctx.world, &disk.clear)? }))
     })
 }
 
@@ -155,20 +165,37 @@ fn pass(
     job: Job,
 ) -> Result<String, Halt> {
     if held.clear.is_none() {
-        let file = open_regular(Path::new(&disk.clear), true).map_err(Refusal::from)?;
-        let metadata = file.metadata().map_err(|e| io_refusal("look at", Path::new(&disk.clear), &e))?;
-        let made: Option<Identity> = ctx.data(&disk.target, "created");
-        if !made.is_some_and(|made| Identity::of(&metadata).same_file(&made)) {
-            let text = format!("{} is not the file this task made", disk.clear);
-            return Err(Refusal::new(Code::Conflict, text).into());
-        }
-        patiently(ctx, || lock_source(&file, &disk.clear))?;
-        held.clear = Some(file);
+        held.clear = Some(hold_clear(ctx, disk)?);
     }
     let (volume, keys) = (held.volume.as_ref(), held.keys.as_ref());
     let (volume, dek) = (volume.expect("the disk's first step opens it"), &keys.expect("as above").dek);
-    let (target, other) = (disk.target.as_str(), held.clear.as_ref());
+    let (target, other) = (disk.target.as_str(), held.clear.as_ref().map(Clear::fd));
     Pass { vm: plan.vm, target, job, volume, dek, other, bytes: disk.bytes }.run(ctx)
+}
+
+/// The clear file or image of this task, locked.
+fn hold_clear(ctx: &Context, disk: &ClearDisk) -> Result<Clear, Halt> {
+    let made: Option<Identity> = ctx.data(&disk.target, "created");
+    let check = |now: &Identity| {
+        if made.is_some_and(|made| now.same_file(&made)) {
+            return Ok(());
+        }
+        let text = format!("{} is not the file this task made", disk.clear);
+        Err(Refusal::new(Code::Conflict, text))
+    };
+    if let Some(at) = place::location(&disk.clear)? {
+        let name = place::held_name(ctx, &disk.target, "clear");
+        let (clear, now) = patiently(ctx, || Clear::hold(&ctx.world, &at, &name))?;
+        check(&now)?;
+        return Ok(clear);
+    }
+    let file = open_regular(Path::new(&disk.clear), true).map_err(Refusal::from)?;
+    let clear = Clear::File(file);
+    check(&clear.identity(&ctx.world, &disk.clear)?)?;
+    if let Clear::File(file) = &clear {
+        patiently(ctx, || lock_source(file, &disk.clear))?;
+    }
+    Ok(clear)
 }
 
 impl NewFiles for DecryptPlan {
@@ -186,7 +213,7 @@ impl NewFiles for DecryptPlan {
 
     fn named_in(&self, xml: &DomainXml) -> bool {
         let there = xml.disks();
-        let named = |path: &str| there.iter().any(|d| matches!(&d.source, DiskSource::File(p) if p == path));
+        let named = |path: &str| there.iter().any(|d| place::is_at(&d.source, path));
         self.disks.iter().any(|disk| named(&disk.clear))
     }
 
@@ -221,7 +248,7 @@ fn apply(world: &World, xml: &mut DomainXml, plan: &DecryptPlan) -> Result<(), R
         });
         match there.map(|there| there.source) {
             _ if behind == Some(disk.disk) => xml.clear_disk(&disk.target, &disk.clear, disk.format)?,
-            Some(DiskSource::File(path)) if path == disk.clear => {}
+            Some(now) if place::is_at(&now, &disk.clear) => {}
             _ => {
                 let text = format!("disk {} of {} was redefined meanwhile", disk.target, plan.name);
                 return Err(Refusal::new(Code::Conflict, text).hint("try again"));
@@ -240,27 +267,32 @@ fn is_done(xml: &DomainXml, plan: &DecryptPlan) -> bool {
     let left = metadata.map(|m| m.disks).unwrap_or_default();
     plan.disks.iter().all(|disk| {
         let there = xml.disk(&disk.target);
-        there.is_some_and(|d| d.source == DiskSource::File(disk.clear.clone()))
+        there.is_some_and(|d| place::is_at(&d.source, &disk.clear))
             && left.iter().all(|d| d.target != disk.target)
     })
 }
 
 /// The record is retired, the volume meets its fate. What cannot be done is told, not failed: the VM is clear.
 fn source_gone(ctx: &mut Context, plan: &DecryptPlan, disk: &ClearDisk) -> Result<Option<String>, Halt> {
+    let at = place::location(&disk.volume)?;
     let left = |why: Refusal| {
-        Some(format!(
-            "the volume {} is still there ({}): rm {}",
-            disk.volume,
-            why.message,
-            shell(&disk.volume)
-        ))
+        let way = match &at {
+            Some(at) => format!("rbd rm {}", shell(&at.name())),
+            None => format!("rm {}", shell(&disk.volume)),
+        };
+        Some(format!("the volume {} is still there ({}): {way}", disk.volume, why.message))
     };
     if let Err(error) = ctx.world.store.retire_disk(plan.vm, disk.disk) {
         return Ok(left(error.into()));
     }
-    let done = match plan.fate {
-        SourceFate::Keep => wipe::keep(&disk.volume, &disk.identity).map_err(Halt::from),
-        SourceFate::Wipe => lock_again(&disk.volume, &disk.identity)
+    let done = match (plan.fate, &at) {
+        (SourceFate::Keep, Some(_)) => Ok(()),
+        (SourceFate::Keep, None) => wipe::keep(&disk.volume, &disk.identity).map_err(Halt::from),
+        (SourceFate::Wipe, Some(at)) => {
+            let name = place::held_name(ctx, &disk.target, "volume");
+            place::remove_image(ctx, at, &disk.identity, Some(&name))
+        }
+        (SourceFate::Wipe, None) => lock_again(&disk.volume, &disk.identity)
             .map_err(Halt::from)
             .and_then(|_locked| wipe::wipe_volume(ctx, &disk.volume, disk.header.as_deref(), &disk.identity)),
     };
@@ -279,9 +311,9 @@ pub(crate) fn roll_back(ctx: &mut Context, plan: &DecryptPlan) -> Result<Vec<Str
         ctx.reach("rolling-back", "begin")?;
         // Without data yet: it gets its name before the first byte.
         let unfinished = disk.unfinished(ctx.command.task);
-        left.extend(wipe::delete(&unfinished.to_string_lossy()).err().map(|r| r.message));
+        left.extend(place::delete(&ctx.world, &unfinished.to_string_lossy()).err().map(|r| r.message));
         let created: Option<Identity> = ctx.data(&disk.target, "created");
-        let there = std::fs::symlink_metadata(&disk.clear).ok().map(|m| Identity::of(&m));
+        let there = place::look(&ctx.world, &disk.clear).ok().flatten();
         if let (Some(created), Some(there)) = (created, there)
             && created.same_file(&there)
         {
@@ -308,6 +340,16 @@ struct Verified {
 
 /// The clear file is overwritten and deleted, unless somebody uses it or has written to it: then it is not only a copy.
 fn clear_gone(ctx: &mut Context, disk: &ClearDisk, created: &Identity) -> Result<(), Halt> {
+    if let Some(at) = place::location(&disk.clear)? {
+        let there = place::look(&ctx.world, &disk.clear)?;
+        let verified: Option<Verified> = ctx.data(&disk.target, "verified");
+        if let (Some(verified), Some(there)) = (verified, there)
+            && !there.is_unchanged(&verified.clear)
+        {
+            return Err(Refusal::new(Code::Conflict, "it was written to since it was made").into());
+        }
+        return place::remove_image(ctx, &at, created, None);
+    }
     let locked = patiently(ctx, || lock_again(&disk.clear, created))?;
     let Some(file) = locked else { return Ok(()) };
     if !ctx.is_done(&disk.target, "wiping") {

@@ -7,22 +7,26 @@ use vmseal_model::{
     class::{ClassChoice, DiskClass, resolve},
     id::{DiskId, DomainUuid},
     refusal::Code,
+    state::InnerFormat,
     task::SourceFate,
 };
 
 use crate::{
     domain_xml::{DiskDevice, DiskView, DomainXml},
     metadata::is_target,
+    new_volume::Ownership,
+    rbd::{Location, Tool},
     tasks::{
         command::KeyChoice,
         context::Context,
         hold::{lock_source, patiently},
-        image::{Uses, check_free, check_space, examine},
+        image::{Uses, check_space, examine, shell},
+        place,
         plan::{EncryptPlan, NewDisk, Origin, Target, UNIT, directory},
         refusal::{Halt, Refusal},
         refuse::{
-            self, check_class, check_image, check_targets, check_unshared, clear_image, idle_domain,
-            is_encrypted,
+            self, check_class, check_image, check_raw, check_targets, check_unshared, clear_image,
+            idle_domain, is_encrypted,
         },
     },
 };
@@ -97,13 +101,16 @@ pub(crate) fn existing(
     }
     let (path, format) = clear_image(disk)?;
     check_class(xml, &disk.target, format, class)?;
+    if let Some(at) = place::location(&path)? {
+        return existing_image(ctx, uses, disk, (domain, class), &at, fate);
+    }
     let image = examine(&path)?;
     let sizes = check_image(&image, &path, format, disk.format.is_some(), UNIT)?;
-    check_unshared(uses, &path, &image, (domain, &disk.target))?;
+    check_unshared(uses, &path, &image.identity, (domain, &disk.target))?;
     // In use by a process libvirt knows nothing of; asked again, and held, when the work begins.
     patiently(ctx, || lock_source(&image.file, &path)).map_err(refused)?;
-    let volume = format!("{path}.vmseal");
-    check_free(&volume)?;
+    let volume = place::encrypted_name(&path);
+    place::check_free(&ctx.world, &volume)?;
     Ok(NewDisk {
         target: disk.target.clone(),
         disk: DiskId::from_random(random_bytes()?),
@@ -115,6 +122,43 @@ pub(crate) fn existing(
         presented_bytes: sizes.presented,
         ownership: image.ownership,
         origin: Origin::Image { path, identity: image.identity, fate },
+    })
+}
+
+/// The same on RBD.
+fn existing_image(
+    ctx: &Context,
+    uses: &Uses,
+    disk: &DiskView,
+    (domain, class): (DomainUuid, DiskClass),
+    at: &Location,
+    fate: SourceFate,
+) -> Result<NewDisk, Refusal> {
+    let path = at.to_string();
+    let info = place::idle_image(&ctx.world, at)?;
+    if info.snapshots > 0 && fate == SourceFate::Wipe {
+        let name = shell(&at.name());
+        let text = format!("{path} has {} snapshots: their clear data would stay", info.snapshots);
+        return Err(Refusal::new(Code::UnsupportedDisk, text)
+            .hint(format!("rbd snap ls {name}; rbd snap purge {name}; or keep the clear image")));
+    }
+    let beginning = Tool::new(&ctx.world.config)?.read(at, 0, 512)?;
+    let sizes = check_raw(&path, info.bytes, &beginning, disk.format.is_some(), UNIT)?;
+    let identity = place::identity(at, &info);
+    check_unshared(uses, &path, &identity, (domain, &disk.target))?;
+    let volume = place::encrypted_name(&path);
+    place::check_free(&ctx.world, &volume)?;
+    Ok(NewDisk {
+        target: disk.target.clone(),
+        disk: DiskId::from_random(random_bytes()?),
+        volume,
+        format: InnerFormat::Raw,
+        class,
+        image_bytes: info.bytes,
+        stored_bytes: sizes.stored,
+        presented_bytes: sizes.presented,
+        ownership: Ownership::default(),
+        origin: Origin::Image { path, identity, fate },
     })
 }
 
@@ -137,6 +181,8 @@ pub(crate) fn check_new_disks(disks: &[NewDisk]) -> Result<(), Refusal> {
             ));
         }
     }
-    let needs: Vec<_> = disks.iter().map(|d| (directory(&d.volume), d.file_bytes())).collect();
+    // How much room a pool has for whom only its administrator knows.
+    let files = disks.iter().filter(|d| !Location::is_meant_by(&d.volume));
+    let needs: Vec<_> = files.map(|d| (directory(&d.volume), d.file_bytes())).collect();
     check_space(&needs)
 }

@@ -5,7 +5,7 @@
 //! after a crash. Key material of a volume is in the agent's store before the volume exists, the clear image goes only
 //! after the domain was switched away from it.
 
-use std::{fs::File, io, path::Path};
+use std::{fs::File, os::fd::AsFd, path::Path};
 
 use serde_json::json;
 use vmseal_keys::{Dek, NewDiskRecord, random_bytes, seal_disk};
@@ -18,7 +18,8 @@ use vmseal_model::{
 
 use crate::{
     clock::now_ms,
-    new_volume::{create_exclusive, fill, rename_exclusive},
+    new_volume::{create_exclusive, fill, header_of, rename_exclusive},
+    rbd::Location,
     store::StoredDisk,
     tasks::{
         context::Context,
@@ -27,13 +28,13 @@ use crate::{
         image::size,
         origin::{make_empty_image, source_gone},
         pass::Pass,
+        place::{self, Clear},
         plan::{EncryptPlan, Identity, NewDisk, Origin, for_job},
         refusal::{Halt, Refusal, io_refusal},
         switch::settle,
         unlock,
-        wipe::delete,
     },
-    volume::{OpenVolume, open_locked},
+    volume::{self, OpenVolume},
 };
 
 /// More than this under one key is worth a word (IEEE Std 1619-2018, annex D).
@@ -43,7 +44,7 @@ const MUCH_FOR_ONE_KEY: u64 = 1 << 40;
 #[derive(Default)]
 struct Held {
     /// The clear image, locked.
-    source: Option<File>,
+    source: Option<Clear>,
     volume: Option<OpenVolume>,
     keys: Option<unlock::Opened>,
 }
@@ -164,18 +165,22 @@ fn allocated(ctx: &mut Context, plan: &EncryptPlan, disk: &NewDisk, held: &mut H
     ctx.step(&disk.target, "allocated", |ctx| {
         let (unfinished, volume) = (disk.unfinished(ctx.command.task), Path::new(&disk.volume));
         let made: Option<Identity> = ctx.data(&disk.target, "created");
-        if let Some(made) = made
-            && std::fs::symlink_metadata(volume).is_ok_and(|m| Identity::of(&m).same_file(&made))
-        {
+        if made.is_some_and(|made| place::is_still(&ctx.world, &disk.volume, &made)) {
             // It got its name when it was whole.
             return Ok(json!({}));
         }
         // Only this task uses that name.
-        delete(&unfinished.to_string_lossy())?;
+        place::delete(&ctx.world, &unfinished.to_string_lossy())?;
         let (record, task_dek): (&KeyRecord, &Dek) = {
             let keys = keys(ctx, plan, disk, held)?;
             (&keys.record, &keys.dek)
         };
+        if Location::is_meant_by(&disk.volume) {
+            let header = header_of(task_dek, record).map_err(Refusal::from)?;
+            let places = (&*unfinished, disk.volume.as_str());
+            place::make_image(ctx, &disk.target, places, disk.file_bytes(), Some(&header))?;
+            return Ok(json!({}));
+        }
         let file = create_exclusive(&unfinished, disk.ownership)
             .map_err(|e| io_refusal("create", &unfinished, &e))?;
         let metadata = file.metadata().map_err(|e| io_refusal("look at", &unfinished, &e))?;
@@ -198,8 +203,9 @@ fn open(ctx: &mut Context, plan: &EncryptPlan, disk: &NewDisk, held: &mut Held) 
     }
     let path = Path::new(&disk.volume);
     let keys = keys(ctx, plan, disk, held)?;
-    let mut volume =
-        patiently(ctx, || open_locked(path, None, &keys.record, &keys.dek, &disk.target, 0, false))?;
+    let mut volume = patiently(ctx, || {
+        volume::open(&ctx.world.config, path, None, &keys.record, &keys.dek, &disk.target, 0, false)
+    })?;
     volume.setup = for_job(&volume.setup);
     if let Some(host) = ctx.world.host() {
         // Information only.
@@ -239,7 +245,7 @@ fn pass(
     keys(ctx, plan, disk, held)?;
     let (volume, keys) = (held.volume.as_ref(), held.keys.as_ref());
     let (volume, dek) = (volume.expect("opened above"), &keys.expect("had above").dek);
-    let other = held.source.as_ref().or(empty.as_ref());
+    let other = held.source.as_ref().map(Clear::fd).or(empty.as_ref().map(AsFd::as_fd));
     let (target, bytes) = (disk.target.as_str(), disk.image_bytes);
     Pass { vm: plan.vm, target, job, volume, dek, other, bytes }.run(ctx)
 }
@@ -259,10 +265,9 @@ fn verified(ctx: &mut Context, plan: &EncryptPlan, disk: &NewDisk, held: &mut He
             Origin::Image { .. } => pass(ctx, plan, disk, held, Job::Verify)?,
         };
         if let (Origin::Image { path, identity, .. }, Some(source)) = (&disk.origin, &held.source) {
-            let now = source.metadata().map_err(|e| io_refusal("look at", Path::new(path), &e))?;
-            let there =
-                std::fs::symlink_metadata(path).map_err(|e| io_refusal("look at", Path::new(path), &e))?;
-            if !Identity::of(&now).is_unchanged(identity) || !Identity::of(&there).same_file(identity) {
+            let now = source.identity(&ctx.world, path)?;
+            let there = place::look(&ctx.world, path)?;
+            if !now.is_unchanged(identity) || !there.is_some_and(|there| there.same_file(identity)) {
                 return Err(changed(path).into());
             }
         }
@@ -278,7 +283,7 @@ pub(crate) fn roll_back(ctx: &mut Context, plan: &EncryptPlan) -> Result<Vec<Str
         ctx.reach("rolling-back", "begin")?;
         let task = ctx.command.task;
         for own in [disk.unfinished(task), disk.empty_image(&ctx.world.config.state_dir, task)] {
-            left.extend(delete(&own.to_string_lossy()).err().map(|r| r.message));
+            left.extend(place::delete(&ctx.world, &own.to_string_lossy()).err().map(|r| r.message));
         }
         if let Some(only) = only_copy(ctx, disk) {
             left.push(only);
@@ -286,11 +291,8 @@ pub(crate) fn roll_back(ctx: &mut Context, plan: &EncryptPlan) -> Result<Vec<Str
             continue;
         }
         let created: Option<Identity> = ctx.data(&disk.target, "created");
-        let ours = |made: Identity| {
-            std::fs::symlink_metadata(&disk.volume).is_ok_and(|there| Identity::of(&there).same_file(&made))
-        };
-        if created.is_some_and(ours) {
-            left.extend(delete(&disk.volume).err().map(|r| r.message));
+        if created.is_some_and(|made| place::is_still(&ctx.world, &disk.volume, &made)) {
+            left.extend(place::delete(&ctx.world, &disk.volume).err().map(|r| r.message));
         }
         if ctx.world.store.disk(disk.disk).is_some_and(|(_, stored)| !stored.retired) {
             left.extend(
@@ -305,8 +307,9 @@ pub(crate) fn roll_back(ctx: &mut Context, plan: &EncryptPlan) -> Result<Vec<Str
 /// Somebody deleted the clear image, and the volume holds all of it: which volume that is.
 fn only_copy(ctx: &Context, disk: &NewDisk) -> Option<String> {
     let Origin::Image { path, .. } = &disk.origin else { return None };
-    let gone = std::fs::symlink_metadata(path).is_err_and(|e| e.kind() == io::ErrorKind::NotFound);
-    let whole = ctx.is_done(&disk.target, "verified") && Path::new(&disk.volume).exists();
+    let gone = matches!(place::look(&ctx.world, path), Ok(None));
+    let whole =
+        ctx.is_done(&disk.target, "verified") && matches!(place::look(&ctx.world, &disk.volume), Ok(Some(_)));
     let text =
         || format!("{path} is gone; all of it is in the encrypted volume {}, which is left", disk.volume);
     (gone && whole).then(text)

@@ -14,6 +14,7 @@ use crate::{
     tasks::{
         command::Work,
         context::Context,
+        place,
         plan::{EncryptPlan, NewDisk, Origin, Target},
         refusal::{Halt, Refusal},
         switch::{NewFiles, Switch},
@@ -114,7 +115,7 @@ fn apply(
                 others.iter().find(|d| d.disk == disk.disk).map(|d| d.aside.clone()).unwrap_or_default()
             }
             (_, Target::Add, None) => xml.add_encrypted_disk(&disk.target, &source)?,
-            (Origin::Image { path, .. }, _, Some(DiskSource::File(now))) if now == *path => {
+            (Origin::Image { path, .. }, _, Some(now)) if place::is_at(&now, path) => {
                 xml.encrypt_disk(&disk.target, &source)?
             }
             // A new VM's disk whose image was never there.

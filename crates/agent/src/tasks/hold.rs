@@ -15,6 +15,7 @@ use crate::{
     tasks::{
         context::Context,
         image,
+        place::{self, Clear},
         plan::{Identity, NewDisk, Origin},
         refusal::{Halt, Refusal, io_refusal},
         wipe,
@@ -42,14 +43,22 @@ where
 }
 
 /// Opens and locks the clear image: no QEMU opens it until the task ends, and it is as it was planned.
-pub(crate) fn claim_source(ctx: &Context, disk: &NewDisk) -> Result<Option<File>, Halt> {
+pub(crate) fn claim_source(ctx: &Context, disk: &NewDisk) -> Result<Option<Clear>, Halt> {
     let Origin::Image { path, identity, .. } = &disk.origin else { return Ok(None) };
+    if let Some(at) = place::location(path)? {
+        let name = place::held_name(ctx, &disk.target, "source");
+        let held = patiently(ctx, || Clear::hold(&ctx.world, &at, &name).map_err(|r| r.about(&disk.target)))?;
+        if !held.1.is_unchanged(identity) {
+            return Err(changed(path).about(&disk.target).into());
+        }
+        return Ok(Some(held.0));
+    }
     let image = image::examine(path).map_err(|r| r.about(&disk.target))?;
     patiently(ctx, || lock_source(&image.file, path).map_err(|r| r.about(&disk.target)))?;
     if !image.identity.is_unchanged(identity) {
         return Err(changed(path).about(&disk.target).into());
     }
-    Ok(Some(image.file))
+    Ok(Some(Clear::File(image.file)))
 }
 
 /// Locks an image as long as its file is open.

@@ -17,6 +17,7 @@ use crate::{
     domain_xml::{DiskSource, DiskView, DomainXml, XmlError},
     new_volume::Ownership,
     ports::{Definition, DomainInfo, Hypervisor, HypervisorError},
+    rbd::Location,
     store::Store,
     tasks::{
         backing::{Backing, backing_of},
@@ -201,6 +202,7 @@ impl Uses {
             DiskSource::Other(kind) if kind == "volume" => {
                 self.unknown.insert(format!("{whose} (a volume of a storage pool)"));
             }
+            DiskSource::Rbd(at) => self.add(whose, Some((domain.uuid, disk.target)), at.to_string().into()),
             DiskSource::NbdUnix { .. }
             | DiskSource::VhostUser { .. }
             | DiskSource::None
@@ -240,6 +242,10 @@ impl Uses {
 
 /// The path without links; where the file is not there, its directory's without links.
 pub(crate) fn canonical(path: &Path) -> PathBuf {
+    // An image is the same one whoever reaches it by whatever monitors.
+    if let Some(Ok(at)) = Location::of_path(path) {
+        return format!("rbd:{}", at.name()).into();
+    }
     fs::canonicalize(path).unwrap_or_else(|_| match (path.parent(), path.file_name()) {
         (Some(dir), Some(name)) => {
             fs::canonicalize(dir).map_or_else(|_| path.to_owned(), |dir| dir.join(name))

@@ -6,14 +6,18 @@ use std::{fs::File, process::Command};
 
 use vmseal_model::{refusal::Code, task::SourceFate};
 
-use crate::tasks::{
-    context::Context,
-    hold::lock_again,
-    image::{self, UsesError},
-    plan::{NewDisk, Origin},
-    refusal::{Halt, Refusal, io_refusal},
-    refuse,
-    wipe::{self, delete},
+use crate::{
+    rbd::Location,
+    tasks::{
+        context::Context,
+        hold::lock_again,
+        image::{self, UsesError},
+        place::{self, Clear},
+        plan::{Identity, NewDisk, Origin},
+        refusal::{Halt, Refusal, io_refusal},
+        refuse,
+        wipe::{self, delete},
+    },
 };
 
 /// An empty qcow2 image, of exactly the planned length: the same each time, so a copy of it can go on after a crash.
@@ -51,7 +55,7 @@ pub(crate) fn make_empty_image(ctx: &Context, disk: &NewDisk, virtual_bytes: u64
 pub(crate) fn source_gone(
     ctx: &mut Context,
     disk: &NewDisk,
-    held: Option<File>,
+    held: Option<Clear>,
 ) -> Result<Option<String>, Halt> {
     let (path, identity, fate) = match &disk.origin {
         Origin::Zeros => return Ok(None),
@@ -62,8 +66,12 @@ pub(crate) fn source_gone(
         }
         Origin::Image { path, identity, fate } => (path, identity, *fate),
     };
+    let at = place::location(path)?;
     let left = |why: Refusal| {
-        let way = format!("when nothing needs it: shred -u {}", image::shell(path));
+        let way = match &at {
+            Some(at) => format!("when nothing needs it: rbd rm {}", image::shell(&at.name())),
+            None => format!("when nothing needs it: shred -u {}", image::shell(path)),
+        };
         Some(format!("the clear image {path} is still there ({}); {way}", why.message))
     };
     // Somebody may have come to use it since.
@@ -82,6 +90,15 @@ pub(crate) fn source_gone(
         // Asked again later: a clear image must not stay because libvirtd starts after the agent.
         Err(error @ UsesError::Hypervisor(_)) => return Err(Halt::Suspended(error.into())),
     }
+    if let Some(at) = &at {
+        // The lock goes before the image does.
+        drop(held);
+        return image_gone(ctx, at, identity, fate, left);
+    }
+    let held = held.and_then(|held| match held {
+        Clear::File(file) => Some(file),
+        Clear::Image(_) => None,
+    });
     let done = match fate {
         SourceFate::Keep => wipe::keep(path, identity).map_err(Halt::from),
         // Nobody reads or writes it while it is overwritten.
@@ -98,5 +115,26 @@ pub(crate) fn source_gone(
         ))),
         (Err(Halt::Failed(why)), _) => Ok(left(why)),
         (Err(halt), _) => Err(halt),
+    }
+}
+
+/// The same of an image on RBD. Its objects are deleted; nothing overwrites them.
+fn image_gone(
+    ctx: &Context,
+    at: &Location,
+    identity: &Identity,
+    fate: SourceFate,
+    left: impl Fn(Refusal) -> Option<String>,
+) -> Result<Option<String>, Halt> {
+    if fate == SourceFate::Keep {
+        return Ok(Some(format!("the clear image is kept: {at}")));
+    }
+    match place::remove_image(ctx, at, identity, None) {
+        Ok(()) => Ok(Some(format!(
+            "the clear image {at} was removed; Ceph does not overwrite what it frees, so its bytes stay on the OSDs' media \
+             until they are used again"
+        ))),
+        Err(Halt::Failed(why)) => Ok(left(why)),
+        Err(halt) => Err(halt),
     }
 }

@@ -1,6 +1,6 @@
 //! One pass of the job program over a disk, for a task: progress written down, ended when the task is.
 
-use std::fs::File;
+use std::os::fd::BorrowedFd;
 
 use vmseal_keys::Dek;
 use vmseal_model::{control::Job, id::VmId};
@@ -19,7 +19,7 @@ pub(crate) struct Pass<'a> {
     pub(crate) volume: &'a OpenVolume,
     pub(crate) dek: &'a Dek,
     /// The clear file.
-    pub(crate) other: Option<&'a File>,
+    pub(crate) other: Option<BorrowedFd<'a>>,
     pub(crate) bytes: u64,
 }
 

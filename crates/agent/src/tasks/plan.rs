@@ -15,7 +15,11 @@ use vmseal_model::{
     task::SourceFate,
 };
 
-use crate::{journal, new_volume::Ownership, tasks::command::KeyChoice};
+use crate::{
+    journal,
+    new_volume::Ownership,
+    tasks::{command::KeyChoice, place},
+};
 
 /// Data unit of new volumes.
 pub(crate) const UNIT: u64 = 512;
@@ -183,7 +187,7 @@ impl ClearDisk {
 
 /// A name only this task uses: whatever lies there is its own.
 fn beside(path: &str, task: TaskId, kind: &str) -> PathBuf {
-    PathBuf::from(format!("{path}.{task}.{kind}"))
+    place::beside(path, &format!("{task}.{kind}"))
 }
 
 /// The directory a file is, or will be, in.

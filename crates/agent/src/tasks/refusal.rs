@@ -133,7 +133,7 @@ failed! {
             Refusal::new(Code::Failed, causes(&e)).hint(hint)
         }
     };
-    VolumeError => |e| Refusal::new(e.code(), causes(&e));
+    VolumeError => |e| Refusal::new(e.code(), causes(&e)).hint(e.hint());
     NewVolumeError => |e| {
         Refusal::new(if e.is_full() { Code::NoSpace } else { Code::Failed }, causes(&e))
     };

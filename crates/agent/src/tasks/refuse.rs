@@ -16,9 +16,11 @@ use crate::{
     domain_xml::{DiskDevice, DiskSource, DiskView, DomainXml},
     ours::OnSocket,
     ports::{Definition, DomainInfo},
+    rbd::Location,
     tasks::{
         context::World,
         image::{Image, Uses, UsesError, shell},
+        plan::Identity,
         qcow2::Qcow2Header,
         refusal::{Refusal, io_refusal},
     },
@@ -193,6 +195,7 @@ pub(crate) fn clear_image(disk: &DiskView) -> Result<(String, InnerFormat), Refu
     }
     let path = match &disk.source {
         DiskSource::File(path) => path.clone(),
+        DiskSource::Rbd(location) => location.to_string(),
         DiskSource::Block(device) => {
             return Err(unsupported(&format!(
                 "it is the block device {device}; this version encrypts image files only"
@@ -210,7 +213,18 @@ pub(crate) fn clear_image(disk: &DiskView) -> Result<(String, InnerFormat), Refu
         unsupported(&format!("its format is {format}; raw and qcow2 are supported"))
             .hint(format!("qemu-img convert -O qcow2 {} NEW.qcow2", shell(&path)))
     })?;
+    check_format(&path, format)?;
     Ok((path, format))
+}
+
+/// An image on RBD has its full length from the start, so what lies in it cannot grow.
+pub(crate) fn check_format(path: &str, format: InnerFormat) -> Result<(), Refusal> {
+    if format == InnerFormat::Raw || !Location::is_meant_by(path) {
+        return Ok(());
+    }
+    let text = format!("{path} is an RBD image with {} in it: only raw is supported there", format.as_str());
+    Err(Refusal::new(Code::UnsupportedDisk, text)
+        .hint("RBD images are thin by themselves; to have it raw: qemu-img convert -O raw"))
 }
 
 /// Bytes a volume of this image stores and presents.
@@ -218,6 +232,30 @@ pub(crate) fn clear_image(disk: &DiskView) -> Result<(String, InnerFormat), Refu
 pub(crate) struct Sizes {
     pub(crate) stored: u64,
     pub(crate) presented: u64,
+}
+
+fn too_big(path: &str) -> Refusal {
+    Refusal::new(Code::UnsupportedDisk, format!("{path} is larger than one key may encrypt"))
+}
+
+/// The same of a raw image of which only the length and the beginning are known.
+pub(crate) fn check_raw(
+    path: &str,
+    bytes: u64,
+    beginning: &[u8],
+    declared: bool,
+    unit: u64,
+) -> Result<Sizes, Refusal> {
+    if bytes == 0 {
+        return Err(Refusal::new(Code::UnsupportedDisk, format!("{path} is empty")));
+    }
+    if !declared && beginning.starts_with(b"QFI\xfb") {
+        let text = format!("{path} is a qcow2 image, and its definition does not say so");
+        return Err(Refusal::new(Code::UnsupportedDisk, text).hint("to have it raw: qemu-img convert -O raw"));
+    }
+    let stored = bytes.checked_next_multiple_of(unit).filter(|stored| *stored <= MAX_PRESENTED);
+    let stored = stored.ok_or_else(|| too_big(path))?;
+    Ok(Sizes { stored, presented: stored })
 }
 
 /// Everything within an image that keeps it from being encrypted.
@@ -228,8 +266,7 @@ pub(crate) fn check_image(
     declared: bool,
     unit: u64,
 ) -> Result<Sizes, Refusal> {
-    let too_big =
-        || Refusal::new(Code::UnsupportedDisk, format!("{path} is larger than one key may encrypt"));
+    let too_big = || too_big(path);
     let stored = image.identity.bytes.checked_next_multiple_of(unit).ok_or_else(too_big)?;
     let header =
         Qcow2Header::read(&image.file).map_err(|e| io_refusal("read", std::path::Path::new(path), &e))?;
@@ -299,13 +336,13 @@ fn backing_chain(backing: Option<&str>, path: &str) -> Refusal {
 pub(crate) fn check_unshared(
     uses: &Uses,
     path: &str,
-    image: &Image,
+    identity: &Identity,
     own: (DomainUuid, &str),
 ) -> Result<(), Refusal> {
-    match uses.other(path, Some(&image.identity), Some(own)) {
+    match uses.other(path, Some(identity), Some(own)) {
         None => Ok(()),
         Some(other) => Err(Refusal::new(Code::ImageShared, format!("{path} is used by {other} too"))
-            .hint("give each disk an image of its own: cp --sparse=always, or virt-clone")),
+            .hint("give each disk an image of its own: cp --sparse=always, rbd deep cp, or virt-clone")),
     }
 }
 

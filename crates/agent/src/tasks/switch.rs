@@ -13,6 +13,7 @@ use crate::{
     tasks::{
         context::Context,
         image::shell,
+        place,
         plan::Identity,
         refusal::{Halt, Refusal},
         refuse::{check_off, uses},
@@ -65,8 +66,7 @@ pub(crate) fn standing(ctx: &Context, plan: &impl NewFiles) -> Result<Standing, 
     // Whatever else lies there is not deleted anyway.
     clear.retain(|(target, path)| {
         let made: Option<Identity> = ctx.data(target, "created");
-        let there = std::fs::symlink_metadata(path);
-        made.is_some_and(|made| there.is_ok_and(|there| Identity::of(&there).same_file(&made)))
+        made.is_some_and(|made| place::is_still(&ctx.world, path, &made))
     });
     if clear.is_empty() {
         return Ok(Standing::Unused);

@@ -4,6 +4,7 @@ mod adopt;
 mod classes;
 mod crashes;
 mod lab;
+mod rbd;
 mod refusals;
 mod resumed;
 mod uses;

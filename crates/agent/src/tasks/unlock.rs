@@ -19,7 +19,7 @@ use crate::{
         context::Context,
         refusal::{Halt, Refusal},
     },
-    volume::token_record,
+    volume::token_of,
 };
 
 /// How long one question for a key may take.
@@ -78,7 +78,7 @@ pub(crate) fn newest(
     let floor = stored.as_ref().map_or(0, |s| s.epoch);
     let candidates: Vec<Candidate> = [
         (Origin::Store, stored.map(|s| s.record)),
-        (Origin::Token, token_record(volume.0, volume.1, disk)),
+        (Origin::Token, token_of(&ctx.world.config, volume.0, volume.1, disk)),
         (Origin::Metadata, Some(metadata.to_vec())),
     ]
     .into_iter()

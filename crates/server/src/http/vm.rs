@@ -188,8 +188,12 @@ pub(super) async fn create_disk(State(server): State<Arc<Server>>, Name(name): N
 
 async fn begin_disk(server: &Server, permit: &Permit, call: &Call, name: &str) -> Result<Answer, Refusal> {
     let asked: CreateDisk = call.json()?;
-    if !asked.path.starts_with('/') || asked.target.is_empty() || asked.bytes == 0 {
-        return Err(Refusal::bad_request("a disk needs a target, an absolute path and a size"));
+    // An image on Ceph RBD is named as QEMU names it; the agent knows what can stand behind that.
+    let is_place = asked.path.starts_with('/') || asked.path.starts_with("rbd:");
+    if !is_place || asked.target.is_empty() || asked.bytes == 0 {
+        return Err(Refusal::bad_request(
+            "a disk needs a target, an absolute path or an image (rbd:POOL/IMAGE), and a size",
+        ));
     }
     let body = |domain_uuid| {
         command::Body::CreateDisk(agent::CreateDisk {

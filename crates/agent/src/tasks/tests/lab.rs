@@ -50,6 +50,8 @@ pub(crate) struct Lab {
     pub(crate) runner: Option<Runner>,
     /// Instead of the real job program.
     pub(crate) program: Option<PathBuf>,
+    /// The configuration of a Ceph cluster.
+    pub(crate) ceph: Option<PathBuf>,
 }
 
 impl Lab {
@@ -63,19 +65,14 @@ impl Lab {
             told: Arc::default(),
             runner: None,
             program: None,
+            ceph: None,
         }
     }
 
     /// Starts the agent's runner, with a crash where asked for.
     pub(crate) fn start(&mut self, crash_at: Option<CrashAt>) -> &Runner {
         self.runner = None;
-        let config = AgentConfig {
-            state_dir: self.scratch.path().join("state"),
-            run_dir: "/run/vmseal".into(),
-            disk_binary: Some(self.program.clone().unwrap_or_else(disk_binary)),
-            disk_user: String::new(),
-            ..AgentConfig::default()
-        };
+        let config = self.config();
         self.runner = Some(Runner::with_world(World {
             store: Arc::new(Store::open(&config.state_dir).unwrap()),
             config,
@@ -87,6 +84,22 @@ impl Lab {
             crash_at,
         }));
         self.runner.as_ref().unwrap()
+    }
+
+    pub(crate) fn config(&self) -> AgentConfig {
+        let run_dir =
+            if self.ceph.is_some() { self.scratch.path().join("run") } else { "/run/vmseal".into() };
+        AgentConfig {
+            state_dir: self.scratch.path().join("state"),
+            run_dir,
+            log_dir: self.scratch.path().join("log"),
+            disk_binary: Some(self.program.clone().unwrap_or_else(disk_binary)),
+            disk_user: String::new(),
+            rbd_binary: Some(disk_binary().with_file_name("vmseal-rbd")),
+            rbd_user: String::new(),
+            ceph_conf: self.ceph.clone(),
+            ..AgentConfig::default()
+        }
     }
 
     /// Submits and waits; gives the last report.
