@@ -53,7 +53,7 @@ test-rbd soak-rbd: rust nextest
 	$(CARGO) build $(PROFILE) --locked $(BINS)
 	VMSEAL_NEED_CEPH=1 $(if $(filter soak-%,$@),VMSEAL_SOAK=1) $(CARGO) nextest run $(PROFILE) --locked -p vmseal-disk \
 	  -p vmseal-agent -p vmseal-e2e --profile $(if $(filter soak-%,$@),soak,default) --success-output final \
-	  -E '(binary(=disk) and test(/^remote::/)) or test(/^tasks::tests::rbd::/) or binary(=rbd)'
+	  -E '(binary(=disk) and test(/^remote/)) or test(/^tasks::tests::rbd::/) or binary(=rbd)'
 
 $(SOAKS:%=soak-%): soak-%: failpoints build nextest
 	@echo 'make: $* in its full count; it says at its end how often it did what'

@@ -16,13 +16,13 @@ use crate::{
 };
 
 /// `qemu-storage-daemon` with the disk as a file.
-struct Daemon {
+pub(crate) struct Daemon {
     process: Child,
-    mount: std::path::PathBuf,
+    pub(crate) mount: std::path::PathBuf,
 }
 
 impl Daemon {
-    fn start(mut command: Command, rig: &Rig) -> Self {
+    pub(crate) fn start(mut command: Command, rig: &Rig) -> Self {
         let mount = rig.path("disk");
         File::create(&mount).unwrap();
         let node = format!(
@@ -57,7 +57,7 @@ impl Drop for Daemon {
 }
 
 /// fio with random sizes and flushes, checking every block it wrote. Trims of a file it cannot; `guest_fio.rs` has them.
-fn fio(mut command: Command, file: &Path, kilobytes: u64, rounds: u64, log: &Path) -> Child {
+pub(crate) fn fio(mut command: Command, file: &Path, kilobytes: u64, rounds: u64, log: &Path) -> Child {
     command
         .arg("--name=verify")
         .arg(format!("--filename={}", file.display()))

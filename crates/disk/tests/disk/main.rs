@@ -19,6 +19,7 @@ mod nbd_tls;
 mod nbd_tls_hostile;
 mod peers;
 mod remote;
+mod remote_fio;
 mod rig;
 #[expect(unreachable_pub, reason = "public where it comes from")]
 #[path = "../../../../tests/e2e/src/round_keys.rs"]

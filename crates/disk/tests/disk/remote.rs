@@ -33,10 +33,10 @@ use crate::{
 };
 
 /// A cluster, ended when dropped.
-struct Ceph(Scratch);
+pub(crate) struct Ceph(Scratch);
 
 impl Ceph {
-    fn start() -> Option<Self> {
+    pub(crate) fn start() -> Option<Self> {
         let path = std::env::var_os("PATH").unwrap_or_default();
         let have = |name: &str| std::env::split_paths(&path).any(|directory| directory.join(name).is_file());
         if let Some(missing) =
@@ -79,9 +79,9 @@ impl Drop for Ceph {
 struct Starting(Child);
 
 /// One that has it.
-struct Helper {
+pub(crate) struct Helper {
     process: Child,
-    owner: String,
+    pub(crate) owner: String,
 }
 
 impl Starting {
@@ -112,11 +112,11 @@ impl Starting {
 }
 
 impl Helper {
-    fn start(ceph: &Ceph, socket: &Path, take_over: Option<&str>) -> Self {
+    pub(crate) fn start(ceph: &Ceph, socket: &Path, take_over: Option<&str>) -> Self {
         Starting::new(ceph, socket, take_over).decide().expect("the lock is free")
     }
 
-    fn kill(&mut self) {
+    pub(crate) fn kill(&mut self) {
         let _ = self.process.kill();
         let _ = self.process.wait();
     }
@@ -155,7 +155,7 @@ fn packet_listener(path: &Path) -> OwnedFd {
 }
 
 /// A disk whose image is in the cluster, with our header; not started yet.
-fn plan(ceph: &Ceph, bytes: u64) -> Plan {
+pub(crate) fn plan(ceph: &Ceph, bytes: u64) -> Plan {
     let mut plan = Plan::new(&[Spec::fixed(bytes)]);
     let socket = plan.scratch.path("store.sock");
     let disk = &mut plan.disks[0];
