@@ -15,6 +15,9 @@ use crate::{
 const SOURCE: &str = "rbd.source";
 const AUTH: &str = "rbd.auth";
 
+/// What of a source is put back.
+const CHILDREN: [&str; 3] = ["auth", "config", "host"];
+
 /// The image a disk is on; why it is none that can be told by a name.
 pub(crate) fn location(disk: &Element, source: &Element) -> Result<Location, &'static str> {
     if source.child("snapshot").is_some() {
@@ -53,7 +56,14 @@ pub(crate) fn enter(disk: &mut Element, known: &Aside) -> Aside {
 /// Puts a disk on an image, with what was set aside.
 pub(crate) fn leave(disk: &mut Element, location: &Location, aside: &Aside) {
     disk.set("type", "network");
-    let mut source = read(aside, SOURCE, "source").unwrap_or_else(|| source_of(location));
+    let known = read(aside, SOURCE, "source").map(|mut source| {
+        source.attributes.clear();
+        source
+            .children
+            .retain(|node| matches!(node, Node::Element(e) if CHILDREN.contains(&e.name.as_str())));
+        source
+    });
+    let mut source = known.unwrap_or_else(|| source_of(location));
     source.set("protocol", "rbd");
     source.set("name", &location.name());
     replace_source(disk, source);

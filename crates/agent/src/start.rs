@@ -29,6 +29,7 @@ use crate::{
     domain_xml::DomainXml,
     floors::{Floors, ServerFloors},
     ports::{KeyMissing, KeyPurpose, KeySource},
+    rbd::Location,
     store::{Store, StoredDisk},
     tasks::Refusal,
     uplink::Uplink,
@@ -153,7 +154,7 @@ impl Starter {
             let candidates: Vec<Candidate> = [
                 (Origin::Store, stored.map(|s| s.record.clone())),
                 (Origin::Server, from_server.map(|s| s.record.clone()).filter(|record| !record.is_empty())),
-                (Origin::Token, token_of(&self.config, &disk.source, disk.header.as_deref(), disk.disk)),
+                (Origin::Token, self.token(disk)),
                 (Origin::Metadata, disk.in_metadata.clone()),
             ]
             .into_iter()
@@ -169,6 +170,15 @@ impl Starter {
         };
         let chosen = plan.disks.iter().map(unlock).collect::<Result<_, _>>()?;
         Ok((chosen, floors))
+    }
+
+    /// The record in the volume's header. Of an image it is asked for only by a host that has none: a cluster that does not
+    /// answer must not take the time twice, and the header is looked at again when the image is held.
+    fn token(&self, disk: &PlannedDisk) -> Option<Vec<u8>> {
+        if disk.stored.is_some() && Location::of_path(&disk.source).is_some() {
+            return None;
+        }
+        token_of(&self.config, &disk.source, disk.header.as_deref(), disk.disk)
     }
 
     fn open(&self, disks: &[PlannedDisk], chosen: Vec<Chosen>) -> Result<Vec<(OpenVolume, Dek)>, NoStart> {

@@ -111,7 +111,8 @@ fn domain_is_read() {
     assert!(of("sda").read_only);
     assert_eq!(of("vdb").source, DiskSource::Block("/dev/vg/lv".into()));
     assert!(of("vdb").shareable);
-    assert_eq!(of("vdc").source, DiskSource::Other("network rbd".into()));
+    let DiskSource::Rbd(image) = &of("vdc").source else { panic!("{:?}", of("vdc").source) };
+    assert_eq!(image.to_string(), r"rbd:pool/img:mon_host=mon1\:6789");
     assert!(of("vdd").backing && of("vdd").transient && of("vdd").encryption);
     assert_eq!(of("sdb").device, DiskDevice::Lun);
     assert_eq!((of("sdc").device, &of("sdc").source), (DiskDevice::Cdrom, &DiskSource::None));
@@ -179,6 +180,52 @@ fn cleared_disk_is_as_before_but_for_what_only_held_there() {
     driver.unset("discard");
     assert_eq!(disk, disk_element(&before, "sda"));
     assert_eq!(rest(&xml), rest(&before));
+}
+
+#[test]
+fn rbd_disk_comes_back_with_its_monitors_and_the_name_of_its_secret() {
+    let secret = "<secret type='ceph' uuid='b35eba3b-8f69-4e26-a2b6-0b1c9a5d8a11'/>";
+    let auth = format!("<auth username='libvirt'>{secret}</auth>");
+    let hosts = "<host name='10.0.0.1' port='6789'/><host name='::1'/><config file='/etc/ceph/b.conf'/>";
+    for (beside, within) in [(auth.as_str(), ""), ("", auth.as_str())] {
+        let text = format!(
+            "<domain><name>a</name><uuid>5f1c2b0e-8f0a-4f0e-9d55-0a4c2f2c7a11</uuid><vcpu>1</vcpu><devices>\
+             <disk type='network' device='disk'><driver name='qemu' type='raw'/>{beside}<source protocol='rbd' \
+             name='vms/web01'>{hosts}{within}</source><target dev='vda' bus='virtio'/></disk></devices></domain>"
+        );
+        let before = DomainXml::parse(&text).unwrap();
+        let DiskSource::Rbd(image) = before.disks().remove(0).source else { panic!("{text}") };
+        assert_eq!(
+            image.to_string(),
+            r"rbd:vms/web01:id=libvirt:mon_host=10.0.0.1\:6789,[\:\:1]:conf=/etc/ceph/b.conf"
+        );
+        let mut xml = before.clone();
+        // Through both classes, as `disk set --class` does it.
+        for class in [DiskClass::Compatible, DiskClass::Fast, DiskClass::Compatible, DiskClass::Fast] {
+            let aside = xml.encrypt_disk("vda", &EncryptedSource { class, ..fast_source() }).unwrap();
+            let shown = xml.to_xml();
+            assert!(!shown[shown.find("<disk").unwrap()..].contains("auth"), "{shown}");
+            let (vm, domain) = (VmId::from_bytes([1; 16]), before.uuid().unwrap());
+            let disk = DiskMetadata {
+                target: "vda".into(),
+                source: image.beside("web01.vmseal").to_string(),
+                header: None,
+                format: InnerFormat::Raw,
+                class,
+                aside,
+                ..metadata().disks.remove(0)
+            };
+            xml.set_disks(vm, domain, vec![disk]).unwrap();
+            xml = DomainXml::parse(&xml.to_xml()).unwrap();
+            assert!(xml.metadata().unwrap().is_some());
+        }
+        xml.clear_disk("vda", &image.to_string(), InnerFormat::Raw).unwrap();
+        xml.set_disks(VmId::from_bytes([1; 16]), before.uuid().unwrap(), Vec::new()).unwrap();
+        assert_eq!(xml.disks(), before.disks());
+        for part in [secret, hosts] {
+            assert!(xml.to_xml().contains(part), "{}", xml.to_xml());
+        }
+    }
 }
 
 #[test]

@@ -46,8 +46,8 @@ pub(super) fn finding(host: &Host<'_>) -> Option<Warning> {
         );
     }
     for (library, package) in LIBRARIES {
-        let there = |directory: &&str| host.metadata(Path::new(directory).join(library)).is_some();
-        if !DIRECTORIES.iter().any(|directory| there(&directory)) {
+        let there = |directory: &str| host.metadata(Path::new(directory).join(library)).is_some();
+        if !DIRECTORIES.iter().any(|directory| there(directory)) {
             return warning(
                 "librbd-missing",
                 format!("{library} is not installed: no disk on Ceph RBD can be served"),

@@ -22,7 +22,7 @@ use crate::{
 };
 
 /// How long a cluster may take to be reached.
-pub(crate) const REACH: Duration = Duration::from_secs(6);
+pub(crate) const REACH: Duration = Duration::from_secs(4);
 /// How long a question to it may take in all; an image is removed object by object.
 const ANSWER: Duration = Duration::from_secs(20);
 const REMOVAL: Duration = Duration::from_secs(24 * 3600);
@@ -307,7 +307,7 @@ mod tests {
         let line: Vec<_> = arguments.iter().map(|a| a.to_string_lossy()).collect();
         assert_eq!(
             line.join(" "),
-            "--pool p --image x --user vmseal --conf /c --monitors h:1 --keyring /k --patience 6"
+            "--pool p --image x --user vmseal --conf /c --monitors h:1 --keyring /k --patience 4"
         );
     }
 

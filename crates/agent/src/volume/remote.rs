@@ -14,7 +14,7 @@ use super::{
 };
 use crate::{
     config::AgentConfig,
-    rbd::{Location, RbdError, Served, Tool},
+    rbd::{Location, RbdError, Served, Tool, channel::Channel},
 };
 
 /// Bytes from the beginning of an image with both copies of a header's metadata, which is as much as is read of it.
@@ -49,9 +49,8 @@ pub fn open(
     let io = |source| RbdError::Io { action: "read the header", image: location.name(), source };
     let channel = served.channel().map_err(io)?;
     check_header(&channel, source, false, &subject, dek, read_only)?;
-    if !read_only && record_in(&channel, false, subject.disk).is_none_or(|there| there != record.encode()) {
-        write_record(&channel, source, false, subject.disk, &record.encode())?;
-        tracing::info!(disk = %subject.disk, "the record in a LUKS2 header was repaired");
+    if !read_only {
+        update_record(&channel, source, &subject, record)?;
     }
     let (setup, stored_bytes) =
         subject.setup(record, channel.bytes(), (target, key_slot, read_only, false)).map_err(|stored| {
@@ -63,6 +62,29 @@ pub fn open(
         served.listener().ok_or(io::ErrorKind::NotConnected.into()).and_then(|l| l.try_clone_to_owned());
     let data = File::from(socket.map_err(io)?);
     Ok(OpenVolume { data, header: None, setup, stored_bytes, remote: Some(served) })
+}
+
+/// Writes the record that is used into the header where another lies, unless that one is newer: then the agent's store was
+/// put back from a backup, and only what verified was used. It is left, as in files.
+fn update_record(
+    channel: &Channel,
+    source: &Path,
+    subject: &DiskSubject,
+    record: &KeyRecord,
+) -> Result<(), VolumeError> {
+    let there = record_in(channel, false, subject.disk);
+    let epoch =
+        there.as_deref().and_then(|there| KeyRecord::decode(there).ok()).map(|there| there.state.epoch);
+    if there.is_some_and(|there| there == record.encode()) {
+        return Ok(());
+    }
+    if epoch.is_some_and(|epoch| epoch > record.state.epoch) {
+        tracing::warn!(disk = %subject.disk, "the record in its LUKS2 header is newer than the one that is used");
+        return Ok(());
+    }
+    write_record(channel, source, false, subject.disk, &record.encode())?;
+    tracing::info!(disk = %subject.disk, "the record in a LUKS2 header was repaired");
+    Ok(())
 }
 
 /// The record in a volume's LUKS2 header, as [`token_record`] gives it. Of an image it is read as a client of its own,
