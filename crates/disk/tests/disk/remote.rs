@@ -222,6 +222,11 @@ fn volume_in_ceph_is_ciphertext_under_our_header() {
 
 #[test]
 fn requests_wait_for_the_next_helper_and_no_client_sees_an_error() {
+    if std::env::var_os("VMSEAL_NEED_CEPH").is_none() {
+        // A guest's disk loses its helpers in tests/e2e.
+        println!("skipped: `make test-rbd` has it");
+        return;
+    }
     let Some(ceph) = Ceph::start() else { return };
     let plan = plan(&ceph, 16 * MIB);
     let store = plan.scratch.path("store.sock");
@@ -387,7 +392,14 @@ impl Drop for Stopped {
 fn of_two_owners_one_writes() {
     let Some(ceph) = Ceph::start() else { return };
     ceph.rbd(&["create", "--size", "16M", "rbd/vol"]);
-    let rounds = if std::env::var_os("VMSEAL_SOAK").is_some() { 1000 } else { 20 };
+    let set = |name: &str| std::env::var_os(name).is_some();
+    let rounds = if set("VMSEAL_SOAK") {
+        1000
+    } else if set("VMSEAL_NEED_CEPH") {
+        50
+    } else {
+        8
+    };
     let sockets = [ceph.0.path("a.sock"), ceph.0.path("b.sock")];
     let listeners = sockets.each_ref().map(|path| packet_listener(path));
     let (mut won, mut fenced, mut stopped, mut landed, mut kept_out) = ([0, 0], 0, 0, 0, 0);

@@ -1,5 +1,5 @@
 //! Tasks on Ceph RBD, with a real cluster of one OSD (`tests/lab/ceph.sh`), the real helper and the real job program.
-//! Skipped where Ceph's packages are missing, unless VMSEAL_NEED_CEPH is set.
+//! Those with a cluster run only with VMSEAL_NEED_CEPH, which `make test-rbd` sets.
 
 use std::{
     fs,
@@ -21,27 +21,21 @@ use crate::{
 };
 
 /// A cluster, ended when dropped.
-pub(crate) struct Ceph(PathBuf);
+struct Ceph(PathBuf);
 
 impl Ceph {
-    /// In this directory; none where it cannot be had.
-    pub(crate) fn start(directory: &Path) -> Option<Self> {
+    /// In this directory.
+    fn start(directory: &Path) -> Self {
         let path = std::env::var_os("PATH").unwrap_or_default();
         let have = |name: &str| std::env::split_paths(&path).any(|directory| directory.join(name).is_file());
-        if let Some(missing) =
-            ["ceph-mon", "ceph-osd", "ceph-mgr", "ceph", "rbd"].iter().find(|name| !have(name))
-        {
-            assert!(
-                std::env::var_os("VMSEAL_NEED_CEPH").is_none(),
-                "{missing} is missing: tests/lab/setup.sh ceph"
-            );
-            println!("skipped: {missing} is missing (`make test-rbd` installs it)");
-            return None;
+        let needed = ["ceph-mon", "ceph-osd", "ceph-mgr", "ceph", "rbd"];
+        if let Some(missing) = needed.iter().find(|name| !have(name)) {
+            panic!("{missing} is missing: tests/lab/setup.sh ceph");
         }
         let ceph = Self(directory.join("ceph"));
         let done = ceph.script("start").output().unwrap();
         assert!(done.status.success(), "{done:?}");
-        Some(ceph)
+        ceph
     }
 
     fn script(&self, order: &str) -> Command {
@@ -50,18 +44,18 @@ impl Ceph {
         command
     }
 
-    pub(crate) fn conf(&self) -> PathBuf {
+    fn conf(&self) -> PathBuf {
         self.0.join("ceph.conf")
     }
 
-    pub(crate) fn rbd(&self, arguments: &[&str]) -> String {
+    fn rbd(&self, arguments: &[&str]) -> String {
         let done = Command::new("rbd").arg("-c").arg(self.conf()).args(arguments).output().unwrap();
         assert!(done.status.success(), "{arguments:?}: {}", String::from_utf8_lossy(&done.stderr));
         String::from_utf8(done.stdout).unwrap()
     }
 
     /// Images of the pool, sorted.
-    pub(crate) fn images(&self) -> Vec<String> {
+    fn images(&self) -> Vec<String> {
         let mut images: Vec<_> = self.rbd(&["ls", "rbd"]).lines().map(str::to_owned).collect();
         images.sort();
         images
@@ -74,19 +68,15 @@ impl Drop for Ceph {
     }
 }
 
-/// A lab whose agent knows the cluster; only where Ceph was asked for, since each takes ten seconds to start.
-fn lab_if_wanted() -> Option<(Lab, Ceph)> {
+/// A lab whose agent knows the cluster; only where Ceph was asked for, since each takes ten seconds to start. What `make
+/// test` has of it is in tests/e2e.
+fn lab() -> Option<(Lab, Ceph)> {
     if std::env::var_os("VMSEAL_NEED_CEPH").is_none() {
         println!("skipped: `make test-rbd` has it");
         return None;
     }
-    lab()
-}
-
-/// A lab whose agent knows the cluster.
-fn lab() -> Option<(Lab, Ceph)> {
     let mut lab = Lab::new();
-    let ceph = Ceph::start(lab.scratch.path())?;
+    let ceph = Ceph::start(lab.scratch.path());
     lab.ceph = Some(ceph.conf());
     Some((lab, ceph))
 }
@@ -155,7 +145,7 @@ fn image_is_encrypted_beside_itself_and_comes_back_the_same() {
 
 #[test]
 fn task_that_dies_anywhere_goes_on_or_goes_back() {
-    let Some((mut lab, ceph)) = lab_if_wanted() else { return };
+    let Some((mut lab, ceph)) = lab() else { return };
     let clear = noise(1 << 20, 6);
     with_image(&lab, &ceph, &clear);
     let mut task = 0;
@@ -182,7 +172,7 @@ fn task_that_dies_anywhere_goes_on_or_goes_back() {
 
 #[test]
 fn new_disk_on_rbd_is_thin_only_in_its_header_and_reads_zeros() {
-    let Some((mut lab, ceph)) = lab_if_wanted() else { return };
+    let Some((mut lab, ceph)) = lab() else { return };
     lab.define(&[("vda", &lab.raw_image("x.img", 4096), "raw")]);
     let work = |path: &str, format| Work::CreateDisk {
         domain: DOMAIN,
@@ -207,7 +197,7 @@ fn new_disk_on_rbd_is_thin_only_in_its_header_and_reads_zeros() {
 
 #[test]
 fn image_that_cannot_be_had_is_refused_with_who_has_it_and_what_to_do() {
-    let Some((mut lab, ceph)) = lab_if_wanted() else { return };
+    let Some((mut lab, ceph)) = lab() else { return };
     with_image(&lab, &ceph, &noise(1 << 20, 7));
     let id = |n| vmseal_model::id::TaskId::from_bytes([n; 16]);
     let at = Location::parse("rbd:rbd/web01").unwrap();
@@ -241,7 +231,7 @@ fn image_that_cannot_be_had_is_refused_with_who_has_it_and_what_to_do() {
 
 #[test]
 fn helper_that_dies_is_replaced_and_one_whose_image_was_held_elsewhere_is_not() {
-    let Some((lab, ceph)) = lab_if_wanted() else { return };
+    let Some((lab, ceph)) = lab() else { return };
     ceph.rbd(&["create", "--size", "32M", "rbd/vol"]);
     let at = Location::parse("rbd:rbd/vol").unwrap();
     let served = Served::open(&tool(&lab), &at, "disk").unwrap();
