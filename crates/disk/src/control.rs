@@ -118,8 +118,10 @@ impl Worker {
         let open = self.exports.iter().find(|export| !export.close(force));
         if let Some(open) = open {
             self.exports.iter().for_each(|export| export.reopen());
-            let pid = open.status().client_pid;
-            return Err(format!("{} is in use by process {pid}", open.target()));
+            return Err(match (open.status().client_pid, open.seat().device()) {
+                (0, Some(device)) => format!("{} is served as /dev/ublkb{device}", open.target()),
+                (pid, _) => format!("{} is in use by process {pid}", open.target()),
+            });
         }
         for export in &self.exports {
             export.cut_connections(CUT);

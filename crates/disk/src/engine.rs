@@ -15,8 +15,8 @@ use vmseal_model::control::ExportKind;
 use crate::{
     export::{Export, MAX_CONNECTIONS},
     log, nbd,
-    peer::PeerPolicy,
-    vhost_user,
+    peer::{self, PeerPolicy},
+    ublk, vhost_user,
     worker::with_causes,
 };
 
@@ -37,7 +37,12 @@ pub fn accept_for(listener: &UnixListener, export: &Arc<Export>, policy: &PeerPo
                 continue;
             }
         };
-        let pid = match policy.admit(&stream) {
+        let admitted = match export.kind() {
+            // QEMU has the block device; on the socket is who made it.
+            ExportKind::Ublk => peer::admit_root(&stream),
+            _ => policy.admit(&stream),
+        };
+        let pid = match admitted {
             Ok(pid) => pid,
             Err(error) => {
                 export.refuse(format_args!("{error}"));
@@ -76,6 +81,7 @@ fn serve(stream: &UnixStream, export: &Arc<Export>, pid: i32) {
     };
     export.tell(format_args!("process {pid} connected"));
     let outcome = match export.kind() {
+        ExportKind::Ublk => ublk::serve(stream, export).map_err(|error| with_causes(&error)),
         ExportKind::VhostUser => vhost_user::serve(stream, export).map_err(|error| with_causes(&error)),
         ExportKind::Nbd => nbd::serve(stream, export).map_err(|error| with_causes(&error)),
     };

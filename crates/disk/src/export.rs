@@ -26,6 +26,7 @@ use crate::{
     descriptors::{hung_up, peer_handle, ready},
     flush_gate::Bell,
     log::Throttle,
+    ublk::Seat,
     vhost_user::Link,
     volume::Volume,
 };
@@ -81,6 +82,7 @@ pub struct Export {
     serial: String,
     volume: Arc<Volume>,
     link: Link,
+    seat: Seat,
     clients: Mutex<Clients>,
     changed: Condvar,
     read_bytes: AtomicU64,
@@ -140,6 +142,7 @@ impl Export {
             serial: disk.to_string(),
             volume: Arc::new(volume),
             link: Link::default(),
+            seat: Seat::default(),
             clients: Mutex::default(),
             changed: Condvar::new(),
             read_bytes: AtomicU64::new(0),
@@ -150,6 +153,11 @@ impl Export {
             // Without, a client that connects at the moment of an upgrade is turned away and tries again.
             stop: Bell::new().ok(),
         }
+    }
+
+    /// The disk.
+    pub fn disk(&self) -> DiskId {
+        self.disk
     }
 
     /// The export's name: the disk's id.
@@ -181,6 +189,11 @@ impl Export {
     /// Its vhost-user connection.
     pub fn link(&self) -> &Link {
         &self.link
+    }
+
+    /// Its block device of the host, if it is shown as one.
+    pub fn seat(&self) -> &Seat {
+        &self.seat
     }
 
     /// Its volume.
@@ -254,11 +267,16 @@ impl Export {
     /// Lets nobody in any more. Without `force` only if nobody is in; gives whether it is closed now.
     pub fn close(&self, force: bool) -> bool {
         let mut clients = self.clients();
-        if !force && !clients.connections.is_empty() {
+        if !force && (!clients.connections.is_empty() || self.seat.device().is_some()) {
             return false;
         }
         clients.closed = true;
         true
+    }
+
+    /// Whether nobody is let in any more.
+    pub fn is_closed(&self) -> bool {
+        self.clients().closed
     }
 
     /// Takes [`Export::close`] back.

@@ -27,6 +27,7 @@ pub mod remote;
 pub mod sandbox;
 pub mod setup;
 pub mod store;
+pub mod ublk;
 pub mod vhost_user;
 pub mod volume;
 pub mod worker;

@@ -114,6 +114,16 @@ impl PeerPolicy {
     }
 }
 
+/// The pid of a peer that is root: who makes block devices of the host.
+///
+/// # Errors
+///
+/// [`PeerError`]: who it is.
+pub fn admit_root(stream: &UnixStream) -> Result<i32, PeerError> {
+    let peer = peer_of(stream).map_err(PeerError::Unknown)?;
+    if peer.uid == 0 { Ok(peer.pid) } else { Err(PeerError::OtherUser { pid: peer.pid, uid: peer.uid }) }
+}
+
 /// Whether a peer may use the control socket: root, or who set this process up.
 ///
 /// # Errors

@@ -81,6 +81,8 @@ pub enum ExportKind {
     Nbd,
     /// vhost-user-blk on a unix socket.
     VhostUser,
+    /// A block device of the host. On the unix socket is its warden, which is root: see [`crate::ublk`].
+    Ublk,
 }
 
 /// What a job process gets as its first frame, with descriptors: key memory, volume data, other file (none for

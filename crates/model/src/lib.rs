@@ -13,3 +13,4 @@ pub mod refusal;
 pub mod state;
 pub mod store_helper;
 pub mod task;
+pub mod ublk;

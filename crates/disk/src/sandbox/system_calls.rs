@@ -100,6 +100,7 @@ const RING_REGISTRATIONS: &[u32] = &[
     1,  // and back
     2,  // descriptors
     3,  // and back
+    4,  // an eventfd that says when a ublk device has something
     6,  // change of descriptors
     8,  // what the kernel can do
     11, // restrictions
