@@ -15,6 +15,7 @@ const DOORS: &[(&str, &[&str])] = &[
     ("rbd", &["model"]),
     // It faces the network: no door leads to a key.
     ("nbd-tls", &[]),
+    ("ublk", &["model"]),
     ("keys", &["model"]),
     ("luks", &["keys", "xts", "model"]),
     ("disk", &["luks", "xts", "keys", "model"]),
@@ -29,7 +30,7 @@ const DOORS: &[(&str, &[&str])] = &[
 const NOT_IN_DISK: &[&str] = &["tokio", "sqlx", "axum", "tonic", "hyper", "rustls"];
 
 /// Rooms that may say `unsafe`: they call the kernel, SIMD or C.
-const UNSAFE_ROOMS: &[&str] = &["keys", "xts", "disk", "agent", "rbd", "nbd-tls"];
+const UNSAFE_ROOMS: &[&str] = &["keys", "xts", "disk", "agent", "rbd", "nbd-tls", "ublk"];
 
 fn main() -> ExitCode {
     let found = match std::env::args().nth(1).as_deref() {

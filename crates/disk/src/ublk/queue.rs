@@ -212,8 +212,13 @@ impl<'a> Queue<'a> {
             abi::OP_WRITE_ZEROES => Operation::WriteZeroes { fua },
             _ => return self.commit(tag, -libc::EOPNOTSUPP),
         };
-        let length = u64::from(about.nr_sectors) * 512;
-        let Some(offset) = about.start_sector.checked_mul(512) else {
+        // A flush is nowhere: the driver gives it the last of all sectors.
+        let (sectors, start) = match operation {
+            Operation::Flush => (0, 0),
+            _ => (about.nr_sectors, about.start_sector),
+        };
+        let length = u64::from(sectors) * 512;
+        let Some(offset) = start.checked_mul(512) else {
             return self.commit(tag, -libc::EINVAL);
         };
         let mut request = Request { token: u64::from(tag), operation, offset, length, segments: Vec::new() };
@@ -225,8 +230,7 @@ impl<'a> Queue<'a> {
                 request.segments = vec![Segment { base: self.buffer(tag), len: length as usize }];
                 self.touch(tag, length as usize);
             }
-            Operation::Flush => (request.offset, request.length) = (0, 0),
-            Operation::WriteZeroes { .. } | Operation::Discard => {}
+            Operation::Flush | Operation::WriteZeroes { .. } | Operation::Discard => {}
         }
         if let Some(asked) = self.asked.get_mut(usize::from(tag)) {
             *asked = Some((operation, length));
