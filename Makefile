@@ -3,11 +3,11 @@
 
 CARGO ?= cargo
 PROFILE = --release
-BINS = -p vmseal-cli -p vmseal-server -p vmseal-agent -p vmseal-disk -p vmseal-rbd -p vmseal-nbd-tls
+BINS = -p vmseal-cli -p vmseal-server -p vmseal-agent -p vmseal-disk -p vmseal-rbd -p vmseal-nbd-tls -p vmseal-ublk
 OUT = $(or $(CARGO_TARGET_DIR),target)/release
 export CARGO_TERM_COLOR ?= auto
 # Each is a file below tests/e2e/tests.
-SOAKS = boot create elsewhere outages hooks kills memory encrypt growth tamper class
+SOAKS = boot create elsewhere outages hooks kills memory encrypt growth tamper class ublk
 
 .PHONY: help demo demo-down test test-vectors test-rbd soak-rbd bench-start bench-disk bench-xts soak-fio soak-guest-fio soak-xts lint build failpoints setup rust nextest
 # cargo does the work in parallel.

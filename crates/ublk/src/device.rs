@@ -68,7 +68,7 @@ pub fn find(control: &mut Control, mark: u64) -> Result<Option<DevInfo>, DeviceE
     Ok(None)
 }
 
-/// Makes a device for this disk. It is not a block device yet.
+/// Makes a device for this disk, whose queues have one request more than `depth`. It is not a block device yet.
 ///
 /// # Errors
 ///
@@ -82,7 +82,7 @@ pub fn add(
 ) -> Result<DevInfo, DeviceError> {
     let wanted = DevInfo {
         nr_hw_queues: queues,
-        queue_depth: depth,
+        queue_depth: depth + 1,
         max_io_buf_bytes: abi::MAX_IO_BYTES,
         // The driver chooses.
         dev_id: u32::MAX,
@@ -106,6 +106,30 @@ pub fn add(
         return Err(error);
     }
     Ok(info)
+}
+
+/// Keeps the block layer from giving a queue all the requests that it has room for; whether that is so already.
+///
+/// The driver (up to Linux 6.14) hears of a worker's death by the commands with which it waits for requests. A queue whose
+/// requests were all under way has none, and the driver notices only when the block layer loses patience, after 30 s. So
+/// there is one that is never used. A scheduler has more requests of its own, but not of the driver's: they stay limited if one is
+/// chosen later.
+///
+/// Waits until everything under way has ended; to be called in a thread of its own, for a worker can die meanwhile.
+///
+/// # Errors
+///
+/// The kernel's.
+pub fn spare_one(number: u32, depth: u16) -> io::Result<()> {
+    let queue = PathBuf::from(format!("/sys/block/ublkb{number}/queue"));
+    fs::write(queue.join("scheduler"), "none")?;
+    fs::write(queue.join("nr_requests"), (depth - 1).to_string())
+}
+
+/// Whether [`spare_one`] was done.
+pub fn spares_one(number: u32, depth: u16) -> bool {
+    let text = fs::read_to_string(format!("/sys/block/ublkb{number}/queue/nr_requests"));
+    text.is_ok_and(|text| text.trim().parse::<u16>().is_ok_and(|requests| requests < depth))
 }
 
 /// What a worker is told about a device.

@@ -11,6 +11,7 @@
 //! | [`device`] | one device: make, start, recover, end |
 //! | [`refill`] | what makes a recovery safe whose predecessor was cut off |
 //! | [`names`] | the link, the mark for udev, the lock |
+//! | [`privileges`] | what is left of root's rights |
 //! | [`talk`] | frames to and from the worker |
 //! | [`signals`] | the order to end, and waiting |
 //! | [`warden`] | its life |
@@ -21,6 +22,7 @@ pub mod abi;
 pub mod control;
 pub mod device;
 pub mod names;
+pub mod privileges;
 pub mod refill;
 pub mod signals;
 pub mod talk;

@@ -15,7 +15,7 @@ usage: vmseal-ublk --disk DISK-ID --socket PATH [--queues N] [--depth N] [--ling
 Makes the disk whose worker listens at PATH the block device /dev/vmseal/DISK-ID. Says `ready /dev/vmseal/DISK-ID` on
 standard output once it may be used, or `failed REASON`. Ends the device on SIGTERM, or when the disk process has ended.
 Killed, and started again with the same arguments, it goes on with the device that is there. Needs root and ublk_drv.
-Queues: 1 to 16, 1 if not said. Depth: 1 to 256 requests in each, 64 if not said. With --linger the device waits so long
+Queues: 1 to 16, 1 if not said. Depth: 4 to 255 requests in each, 64 if not said. With --linger the device waits so long
 for another disk process at PATH after one has ended; what uses it waits meanwhile.
 Exit codes: 0 ended in order, 1 failed, 2 wrong usage.
 ";
@@ -60,7 +60,7 @@ fn parse(arguments: Vec<OsString>) -> Option<Arguments> {
             _ => return None,
         }
     }
-    if !(1..=MAX_QUEUES).contains(&queues) || !(1..=MAX_DEPTH).contains(&depth) {
+    if !(1..=MAX_QUEUES).contains(&queues) || !(4..MAX_DEPTH).contains(&depth) {
         return None;
     }
     Some(Arguments { disk: disk?, socket: socket?, queues, depth, linger: Duration::from_secs(linger) })
@@ -87,7 +87,8 @@ mod tests {
             format!("{disk} --socket"),
             format!("{disk} --socket /run/x --queues 0"),
             format!("{disk} --socket /run/x --queues 17"),
-            format!("{disk} --socket /run/x --depth 257"),
+            format!("{disk} --socket /run/x --depth 256"),
+            format!("{disk} --socket /run/x --depth 3"),
             format!("{disk} --socket /run/x --depth many"),
             format!("{disk} --socket /run/x --linger -1"),
             format!("{disk} --socket /run/x --fast yes"),

@@ -9,6 +9,7 @@ use std::{
     io::{self, Write},
     os::{fd::AsFd, unix::net::UnixStream},
     path::PathBuf,
+    thread,
     time::{Duration, Instant},
 };
 
@@ -23,6 +24,7 @@ use crate::{
     device::{self, DeviceError, refused},
     line,
     names::{Names, NamesError},
+    privileges,
     refill::refill,
     signals::{Signals, Woken},
     talk::{self, TalkError},
@@ -35,6 +37,9 @@ const STEP: Duration = Duration::from_secs(30);
 const LOOKS: (Duration, Duration) = (Duration::from_millis(2), Duration::from_millis(100));
 /// First and longest pause before another attempt.
 const PAUSES: (Duration, Duration) = (Duration::from_millis(20), Duration::from_secs(1));
+/// How long the driver may still be at it once it says that a device waits for recovery: it says so before it has let go of
+/// the last worker's commands, and would then let go of the next one's. It says nowhere that it is done.
+const SETTLE: Duration = Duration::from_millis(30);
 /// How long a wait may last before a line is worth it.
 const PATIENCE: Duration = Duration::from_secs(30);
 
@@ -57,6 +62,9 @@ pub struct Arguments {
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum WardenError {
+    /// Not root, or root without its rights.
+    #[error("block devices of the host are made by root with CAP_SYS_ADMIN only")]
+    NotRoot(#[source] io::Error),
     /// No driver.
     #[error(transparent)]
     Control(#[from] ControlError),
@@ -155,6 +163,7 @@ struct Warden {
 ///
 /// [`WardenError`]: the block device was never there, or is not what it was said to be any more.
 pub fn run(arguments: Arguments) -> Result<(), WardenError> {
+    privileges::keep_needed().map_err(WardenError::NotRoot)?;
     let signals = Signals::block().map_err(WardenError::Process)?;
     let names = Names::take(arguments.disk)?;
     let control = match Control::open() {
@@ -277,6 +286,7 @@ impl Warden {
         let device = self.device.ok_or(Cut::Lost)?;
         self.names.mark(device)?;
         self.names.point_to(device)?;
+        self.spare_one(&stream, device)?;
         self.fit(device, &disk);
         self.announce()?;
         self.pause = Duration::ZERO;
@@ -333,6 +343,9 @@ impl Warden {
 
     fn recover(&mut self, stream: &UnixStream, disk: &DiskShown, number: u32) -> Result<(), Cut> {
         let info = self.wait_until_noticed(stream, number)?;
+        if self.signals.wait([], Some(SETTLE)) == Woken::Asked {
+            return Err(Cut::Asked);
+        }
         if !self.whole {
             let device = self.open(stream, number)?;
             let encoded = self.control.encoded();
@@ -471,6 +484,25 @@ impl Warden {
             Woken::Ready(_) => self.hear(stream),
             Woken::Over => Ok(()),
         }
+    }
+
+    /// See [`device::spare_one`].
+    fn spare_one(&mut self, stream: &UnixStream, number: u32) -> Result<(), Cut> {
+        let info = self.control.info(number).map_err(refused("say what a device is"))?;
+        let depth = info.ok_or(WardenError::Vanished(number))?.queue_depth;
+        if device::spares_one(number, depth) {
+            return Ok(());
+        }
+        let thread = thread::Builder::new()
+            .name("spare-one".into())
+            .spawn(move || device::spare_one(number, depth))
+            .map_err(WardenError::Process)?;
+        let mut looks = Looks::default();
+        while !thread.is_finished() {
+            self.look_again(stream, &mut looks, format_args!("/dev/ublkb{number} does not come to rest"))?;
+        }
+        let done = thread.join().unwrap_or_else(|_| Err(io::Error::other("a thread panicked")));
+        Ok(done.map_err(refused("limit a device's requests"))?)
     }
 
     /// The block device has the disk's size, if the driver can.

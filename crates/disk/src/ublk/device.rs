@@ -74,10 +74,9 @@ fn run(
                         drop(tell);
                         queue.run(service)
                     });
-                if outcome.is_err() {
-                    // A device is served by all its queues or by none.
-                    service.tell();
-                }
+                // A device is served by all its queues or by none: one that was told by the driver that it ends is not
+                // alone in that, and one that failed must not be.
+                service.tell();
                 // The driver may copy into the memory as long as the thread that asked it to lives.
                 (outcome, memory)
             };
