@@ -274,11 +274,6 @@ impl Export {
         true
     }
 
-    /// Whether nobody is let in any more.
-    pub fn is_closed(&self) -> bool {
-        self.clients().closed
-    }
-
     /// Takes [`Export::close`] back.
     pub fn reopen(&self) {
         self.clients().closed = false;

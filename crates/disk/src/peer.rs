@@ -224,5 +224,6 @@ mod tests {
         let stranger = PeerPolicy::new(directory.open(), "", uid.wrapping_add(1)).unwrap();
         assert_eq!(stranger.admit(&stream).is_ok(), uid == 0);
         assert_eq!(may_control(&stream, uid.wrapping_add(1)).is_ok(), uid == 0);
+        assert_eq!(admit_root(&stream).is_ok(), uid == 0);
     }
 }

@@ -112,13 +112,9 @@ fn converse(stream: &UnixStream, export: &Arc<Export>) -> Result<(), UblkError> 
             continue;
         }
         match frame::receive::<WardenSays>(stream)? {
-            None => {
-                // Either the warden is gone, or this worker takes no more requests.
-                if let Some(service) = attended.filter(|_| export.is_closed()) {
-                    service.end();
-                }
-                return Ok(());
-            }
+            // The warden is gone: the device is served on. Or this worker makes room for another, and takes requests until
+            // it ends: what it leaves unanswered is asked again, as after any other end.
+            None => return Ok(()),
             Some((WardenSays::Offer(offer), fds)) if attended.is_none() => {
                 let device = check(&offer, fds)?;
                 attended = Some(device::start(export, &offer, device)?);

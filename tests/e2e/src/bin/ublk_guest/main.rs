@@ -5,14 +5,16 @@ mod load;
 mod stage;
 
 use std::{
-    fs,
-    os::unix::process::CommandExt,
+    fs::{self, File},
+    os::{fd::AsFd, unix::process::CommandExt},
     panic,
     path::{Path, PathBuf},
     process::Command,
     thread,
     time::{Duration, Instant},
 };
+
+use vmseal_model::control::{ControlReply, ControlRequest};
 
 use stage::{PATIENCE, Stage, Warden, kill, wait_for};
 
@@ -31,6 +33,7 @@ struct Counts {
     turns: usize,
     workers: usize,
     wardens: usize,
+    upgrades: usize,
     both: usize,
     cut_off: usize,
     /// Recoveries that had been cut off and were begun anew.
@@ -102,11 +105,18 @@ fn run(least: Duration, bench: bool) -> Counts {
     }
     let warden = warden.unwrap();
     if bench {
-        let (raw, ours) =
-            (load::reads_per_second(Path::new(VOLUME), 10), load::reads_per_second(&warden.link, 10));
-        println!("reads of 4 KiB a second: {raw} of the volume itself, {ours} of the encrypted block device");
+        for depth in [1, 16] {
+            let raw = load::reads_per_second(Path::new(VOLUME), depth);
+            let ours = load::reads_per_second(&warden.link, depth);
+            println!(
+                "reads of 4 KiB a second, {depth} at a time: {raw} of the volume, {ours} of the block device"
+            );
+        }
     }
 
+    // The disk process does not end under a device that is there.
+    let reply = stage.ask(&ControlRequest::Stop { force: false }, &[]);
+    assert!(matches!(&reply, ControlReply::Refused { message } if message.contains("in use")), "{reply:?}");
     // In order: nothing is left.
     let device = warden.device();
     assert!(warden.end().success());
@@ -193,13 +203,20 @@ fn kill_somebody(
     };
     let turn = counts.turns;
     counts.turns += 1;
-    match turn % 5 {
+    match turn % 6 {
         0 | 2 => kill(worker, libc::SIGKILL),
         1 => {
             again(warden);
             counts.wardens += 1;
             // Its end was nobody's matter.
             assert_eq!(stage.status().worker_pid, worker);
+            return;
+        }
+        5 => {
+            let program = File::open("/bin/vmseal-disk").unwrap();
+            let reply = stage.ask(&ControlRequest::Upgrade, &[program.as_fd()]);
+            assert_eq!(reply, ControlReply::Upgrading);
+            counts.upgrades += 1;
             return;
         }
         3 => {

@@ -105,15 +105,19 @@ impl Stage {
         fs::read_to_string(self.directory.join("log")).unwrap()
     }
 
-    /// Asks whichever worker there is.
     pub(crate) fn status(&self) -> DiskStatus {
-        wait_for("the worker's status", || {
+        match self.ask(&ControlRequest::Status, &[]) {
+            ControlReply::Status(status) => status,
+            other => panic!("no status but {other:?}"),
+        }
+    }
+
+    /// Asks whichever worker there is.
+    pub(crate) fn ask(&self, request: &ControlRequest, fds: &[BorrowedFd<'_>]) -> ControlReply {
+        wait_for("an answer of the worker", || {
             let stream = UnixStream::connect(self.directory.join("control.sock")).ok()?;
-            frame::send(&stream, &ControlRequest::Status, &[]).ok()?;
-            match frame::receive(&stream).ok()?? {
-                (ControlReply::Status(status), _) => Some(status),
-                (other, _) => panic!("no status but {other:?}"),
-            }
+            frame::send(&stream, request, fds).ok()?;
+            Some(frame::receive(&stream).ok()??.0)
         })
     }
 
