@@ -12,7 +12,7 @@ die() { say "$*"; exit 1; }
 build="gcc libc6-dev ca-certificates xz-utils"
 host="qemu-system-x86 qemu-utils qemu-block-extra libvirt-daemon-system libvirt-clients libvirt-daemon-driver-qemu"
 lab="cryptsetup-bin dmsetup fio libnbd-bin python3-libnbd nbdkit busybox-static cpio kmod dpkg-dev e2fsprogs fdisk util-linux
- gdb g++ apparmor udev openssl socat virtinst procps iproute2 python3"
+  gdb g++ apparmor udev openssl socat virtinst procps iproute2 python3"
 ceph="ceph-mon ceph-osd ceph-mgr ceph-common librbd1 librados2"
 want="$build"
 [ "${1:-all}" = build ] || want="$build $host $lab"
