@@ -146,6 +146,7 @@ fn disk(disk: &Disk) -> [String; 4] {
             "-device".into(),
             "virtio-blk-pci,drive=vda,num-queues=2,addr=0x4".into(),
         ],
+        ExportKind::Ublk => unreachable!("tests/e2e/tests/ublk.rs has a guest with a kernel for it"),
     }
 }
 
