@@ -204,10 +204,7 @@ impl Warden {
         loop {
             let Err(cut) = self.attend();
             match cut {
-                Cut::Asked => {
-                    self.dismantle()?;
-                    return if self.announced { Ok(()) } else { Err(WardenError::Ended) };
-                }
+                Cut::Asked => return self.end_as_asked(),
                 Cut::NobodyListens if self.lingers() => {}
                 Cut::NobodyListens => {
                     line(format_args!("the disk process has ended; so does the block device"));
@@ -232,10 +229,15 @@ impl Warden {
             // At once the first time: whoever uses the device waits.
             let pause = self.pause;
             self.pause = (pause * 2).clamp(PAUSES.0, PAUSES.1);
-            if !pause.is_zero() {
-                self.signals.wait([], Some(pause));
+            if !pause.is_zero() && self.signals.wait([], Some(pause)) == Woken::Asked {
+                return self.end_as_asked();
             }
         }
+    }
+
+    fn end_as_asked(&mut self) -> Result<(), WardenError> {
+        self.dismantle()?;
+        if self.announced { Ok(()) } else { Err(WardenError::Ended) }
     }
 
     /// Whether another disk process is waited for, now that one has ended.

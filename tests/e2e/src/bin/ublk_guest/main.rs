@@ -146,7 +146,9 @@ fn run(least: Duration, bench: bool) -> Counts {
 /// A worker that dies while storage is slow and no queue has room for another request.
 fn full_queues_survive() {
     let stage = Stage::start("slow", SLOW_VOLUME, SLOW_BYTES);
-    let warden = Warden::start(stage.disk, &stage.socket()).unwrap();
+    let mut patient = Command::new("/bin/vmseal-ublk");
+    patient.args(["--linger", "600"]);
+    let warden = Warden::start_as(patient, stage.disk, &stage.socket()).unwrap();
     let inflight = format!("/sys/block/{}/inflight", warden.device());
     let mut fio = load::start_deep(&warden.link);
     let worker = stage.status().worker_pid;
@@ -168,8 +170,15 @@ fn full_queues_survive() {
     // The driver would notice by itself after 30 s.
     assert!(stalled < Duration::from_secs(20), "the device stood still for {stalled:?}");
     load::must_be_content(fio.wait().unwrap());
-    assert!(warden.end().success());
+    // Without a keeper it waits as long as it was told to, and ends in order meanwhile too.
     stage.kill();
+    wait_for("a warden that waits for another keeper", || {
+        fs::read_to_string("/run/warden.log").unwrap().contains("waits 600 s for the next").then_some(())
+    });
+    let device = warden.device();
+    assert!(fs::exists(format!("/dev/{device}")).unwrap(), "the device did not wait");
+    assert!(warden.end().success());
+    assert!(!fs::exists(format!("/dev/{device}")).unwrap(), "{device} is left");
     println!("full queues stand still for {stalled:?}; {:?} after boot", uptime());
 }
 
