@@ -41,11 +41,16 @@ pub fn adopt(
     let mut xml = DomainXml::parse(&hypervisor.xml(domain, Definition::Persistent)?)?;
     let metadata = xml.metadata()?;
     let disks = xml.disks();
-    let ours = disks.iter().filter_map(|disk| {
-        let on = OnSocket::of(config, disk)?;
-        Some((disk.target.clone(), on.disk(metadata.as_ref(), store, domain)?, on.class))
+    let unknown = |what: String| {
+        Refusal::new(Code::UnknownVm, format!("nothing is known here of {what} of '{}'", info.name))
+            .hint("put the vmseal element of the original into its metadata")
+    };
+    let ours = disks.iter().filter_map(|disk| OnSocket::of(config, disk)).map(|on| {
+        let disk = on.disk(metadata.as_ref(), store, domain);
+        let disk = disk.ok_or_else(|| unknown(format!("disk {}", on.target)))?;
+        Ok((on.target.to_owned(), disk, on.class))
     });
-    let ours: Vec<(String, DiskId, DiskClass)> = ours.collect();
+    let ours: Vec<(String, DiskId, DiskClass)> = ours.collect::<Result<_, Refusal>>()?;
     let owner = |disk: &DiskId| store.disk(*disk).map(|(vm, _)| vm);
     // As the inventory told the server, which has bound these two already.
     let Some(vm) = vm_of(store, config, domain, &xml).filter(|_| !ours.is_empty()) else {
@@ -61,10 +66,8 @@ pub fn adopt(
 
     let mut disks = Vec::with_capacity(ours.len());
     for (target, disk, class) in ours {
-        let mut known = disk_of(store, metadata.as_ref(), &target, disk).ok_or_else(|| {
-            Refusal::new(Code::UnknownVm, format!("nothing is known here of disk {target} ({disk})"))
-                .hint("put the vmseal element of the original into its metadata")
-        })?;
+        let known = disk_of(store, metadata.as_ref(), &target, disk);
+        let mut known = known.ok_or_else(|| unknown(format!("disk {target} ({disk})")))?;
         let socket = config.disk_socket(domain, &target).to_string_lossy().into_owned();
         let source = EncryptedSource { disk, format: known.format, socket, class };
         (known.class, known.aside) = (class, xml.encrypt_disk(&target, &source)?);

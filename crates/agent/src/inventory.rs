@@ -21,7 +21,7 @@ use vmseal_model::{
 use crate::{
     config::AgentConfig,
     domain_xml::{DiskDevice, DiskSource, DiskView, DomainXml},
-    ours::OnSocket,
+    ours::{self, OnSocket},
     ports::{Definition, DomainInfo, Hypervisor, HypervisorError},
     store::{Store, StoredDisk, StoredVm},
     uplink::{Uplink, word},
@@ -163,14 +163,15 @@ impl Inventory {
         xml: &DomainXml,
     ) -> v1::Vm {
         let metadata = xml.metadata().ok().flatten();
-        let id_of =
-            |disk: &DiskView| OnSocket::of(&self.config, disk)?.disk(metadata.as_ref(), &self.store, domain);
         let in_metadata = |disk: DiskId| metadata.as_ref()?.disks.iter().find(|d| d.disk == disk);
         let all = xml.disks();
         let disks = all.iter().filter(|disk| disk.device == DiskDevice::Disk);
         let disks: Vec<v1::Disk> = disks
-            .map(|disk| match id_of(disk) {
-                Some(id) => self.encrypted(disk, id, in_metadata(id)),
+            .map(|disk| match OnSocket::of(&self.config, disk) {
+                Some(on) => match on.disk(metadata.as_ref(), &self.store, domain) {
+                    Some(id) => self.encrypted(&on, id, in_metadata(id)),
+                    None => unknown(&on),
+                },
                 None => clear(disk),
             })
             .collect();
@@ -191,25 +192,19 @@ impl Inventory {
         vm_of(&self.store, &self.config, domain, xml).map_or(String::new(), |vm| vm.to_string())
     }
 
-    fn encrypted(&self, disk: &DiskView, id: DiskId, in_metadata: Option<&DiskMetadata>) -> v1::Disk {
-        let class = OnSocket::of(&self.config, disk).map_or_else(DiskClass::default, |on| on.class);
+    fn encrypted(&self, on: &OnSocket<'_>, id: DiskId, in_metadata: Option<&DiskMetadata>) -> v1::Disk {
         let described = match (self.store.disk(id), in_metadata) {
-            (Some((_, stored)), _) => stored_disk(&disk.target, &stored),
+            (Some((_, stored)), _) => stored_disk(on.target, &stored),
             // Nobody has verified it, so the server is not to learn epochs or keys from it.
             (None, Some(m)) => {
                 let place = (m.source.as_str(), m.header.as_deref(), m.format, m.class);
-                let described = described(&disk.target, id, place, &m.record, true);
+                let described = described(on.target, id, place, &m.record, true);
                 v1::Disk { record: Vec::new(), ..described }
             }
-            (None, None) => v1::Disk {
-                target: disk.target.clone(),
-                encrypted: true,
-                disk_id: id.to_string(),
-                ..v1::Disk::default()
-            },
+            (None, None) => v1::Disk { disk_id: id.to_string(), ..unknown(on) },
         };
         // The definition decides it, whatever its copies say.
-        v1::Disk { class: class.as_str().to_owned(), ..described }
+        v1::Disk { class: on.class.as_str().to_owned(), ..described }
     }
 
     fn add_locked(&self, vm: &mut v1::Vm) {
@@ -240,7 +235,7 @@ pub(crate) fn vm_of(
 ) -> Option<VmId> {
     let metadata = xml.metadata().ok().flatten();
     let owner = |disk: &DiskView| {
-        let disk = OnSocket::of(config, disk)?.disk(metadata.as_ref(), store, domain)?;
+        let disk = ours::behind(config, store, domain, metadata.as_ref(), disk)?;
         Some(store.disk(disk)?.0)
     };
     let in_metadata = || metadata.as_ref().map(|metadata| metadata.vm);
@@ -287,6 +282,16 @@ fn described(
         class: class.as_str().to_owned(),
         record: record.to_vec(),
         header: header.unwrap_or_default().to_owned(),
+    }
+}
+
+/// A disk of ours of which nobody says which it is: its VM does not start, and it is certainly not clear.
+fn unknown(on: &OnSocket<'_>) -> v1::Disk {
+    v1::Disk {
+        target: on.target.to_owned(),
+        encrypted: true,
+        class: on.class.as_str().to_owned(),
+        ..v1::Disk::default()
     }
 }
 
@@ -474,6 +479,23 @@ mod tests {
             assert!(text.contains(part), "{text}");
         }
         assert!(!text.contains("NVRAM"), "{text}");
+    }
+
+    #[test]
+    fn disk_of_ours_that_nobody_knows_is_not_called_clear() {
+        let mut lab = Lab::new(false);
+        let socket = lab.inventory.config.disk_socket(DOMAIN, "vda");
+        *lab.hypervisor.0.lock().unwrap() = Some(format!(
+            "<domain><name>web01</name><uuid>{DOMAIN}</uuid><devices><disk type='vhostuser' device='disk'>\
+             <source type='unix' path='{}'/><target dev='vda' bus='virtio'/></disk></devices></domain>",
+            socket.display()
+        ));
+        lab.inventory.refresh_all().unwrap();
+        lab.inventory.send();
+        let vm = lab.sent().unwrap().vms.remove(0);
+        let disk = &vm.disks[0];
+        assert_eq!((disk.encrypted, disk.disk_id.as_str(), disk.class.as_str()), (true, "", "fast"));
+        assert!(!vm.unprotected.join("").contains("clear"), "{:?}", vm.unprotected);
     }
 
     #[test]

@@ -47,6 +47,11 @@ impl<'a> OnSocket<'a> {
         socket.starts_with(&config.run_dir).then_some(on)
     }
 
+    /// Whether it is where that domain's disk of that target is served, and not where another's is.
+    pub(crate) fn is_of(&self, config: &AgentConfig, domain: DomainUuid) -> bool {
+        self.socket == config.disk_socket(domain, self.target)
+    }
+
     /// The disk behind it, if anybody says which. NBD has its id for a name. vhost-user has no name: the metadata that
     /// stands in the same definition says it, else the store, if it has one disk of that target for the VM.
     pub(crate) fn disk(
@@ -67,6 +72,17 @@ impl<'a> OnSocket<'a> {
             there.next().is_none().then_some(only.disk)
         })
     }
+}
+
+/// The disk behind a disk of a definition, if it is one of ours and anybody says which.
+pub(crate) fn behind(
+    config: &AgentConfig,
+    store: &Store,
+    domain: DomainUuid,
+    metadata: Option<&VmMetadata>,
+    disk: &DiskView,
+) -> Option<DiskId> {
+    OnSocket::of(config, disk)?.disk(metadata, store, domain)
 }
 
 #[cfg(test)]

@@ -87,7 +87,7 @@ pub fn plan(xml: &DomainXml, config: &AgentConfig, store: &Store) -> Result<Opti
     let mut disks = Vec::with_capacity(ours.len());
     for (view, on) in &ours {
         let target = on.target;
-        if on.socket != config.disk_socket(domain, target) {
+        if !on.is_of(config, domain) {
             return Err(copied(&name, &format!("disk {target} is on the socket of another VM")));
         }
         if !is_target(target) {

@@ -15,6 +15,7 @@ use crate::{
     domain_xml::{DiskDevice, DiskView, DomainXml},
     metadata::is_target,
     new_volume::Ownership,
+    ours,
     rbd::{Location, Tool},
     tasks::{
         command::KeyChoice,
@@ -98,6 +99,10 @@ pub(crate) fn existing(
     if !is_target(&disk.target) {
         let text = format!("'{}' is no target name this version serves", disk.target.escape_debug());
         return Err(Refusal::new(Code::UnsupportedDisk, text));
+    }
+    if ours::OnSocket::of(&ctx.world.config, disk).is_some() {
+        return Err(Refusal::new(Code::UnknownVm, "it is vmseal's already, and nothing is known here of it")
+            .hint("put the vmseal element back into its domain's metadata"));
     }
     let (path, format) = clear_image(disk)?;
     check_class(xml, &disk.target, format, class)?;

@@ -14,7 +14,7 @@ use vmseal_model::{
 
 use crate::{
     domain_xml::{DiskDevice, DiskSource, DiskView, DomainXml},
-    ours::OnSocket,
+    ours,
     ports::{Definition, DomainInfo},
     rbd::Location,
     tasks::{
@@ -140,7 +140,7 @@ pub(crate) fn is_encrypted(
     disk: &DiskView,
     metadata: Option<&VmMetadata>,
 ) -> bool {
-    let behind = OnSocket::of(&world.config, disk).and_then(|on| on.disk(metadata, &world.store, domain));
+    let behind = ours::behind(&world.config, &world.store, domain, metadata, disk);
     metadata.is_some_and(|m| m.disks.iter().any(|d| d.target == disk.target && Some(d.disk) == behind))
 }
 

@@ -69,6 +69,22 @@ fn adopting_that_was_cut_short_is_finished_by_doing_it_again() {
 }
 
 #[test]
+fn disk_of_ours_that_nobody_knows_keeps_the_vm_from_being_adopted() {
+    let lab = copied();
+    lab.libvirt.undefine(DOMAIN);
+    let vdb = format!(
+        "<disk type='vhostuser' device='disk'><source type='unix' path='/run/vmseal/libvirt-{DOMAIN}/vdb.sock'/>\
+         <target dev='vdb' bus='virtio'/></disk></devices>"
+    );
+    lab.libvirt.change(COPY, |_, xml| *xml = xml.replace("</devices>", &vdb));
+    let before = copy(&lab).to_xml();
+    let refused = adopted(&lab).unwrap_err();
+    assert_eq!(refused.code, Code::UnknownVm);
+    assert!(refused.message.contains("disk vdb of 'web02'"), "{refused:?}");
+    assert_eq!((copy(&lab).to_xml(), lab.store().vm_of_domain(COPY)), (before, None));
+}
+
+#[test]
 fn vm_that_runs_or_is_clear_is_not_adopted() {
     let lab = copied();
     lab.libvirt.undefine(DOMAIN);
