@@ -12,7 +12,7 @@ use vmseal_model::{control::Job, id::DomainUuid, refusal::Code, task::SourceFate
 use crate::{
     domain_xml::DomainXml,
     new_volume::{allocate, create_exclusive, rename_exclusive},
-    ours::OnSocket,
+    ours,
     rbd::Location,
     tasks::{
         context::{Context, World},
@@ -23,7 +23,7 @@ use crate::{
         place::{self, Clear},
         plan::{ClearDisk, DecryptPlan, Identity, for_job},
         refusal::{Halt, Refusal, io_refusal},
-        switch::{NewFiles, Switch, settle},
+        switch::{self, NewFiles, settle},
         unlock, wipe,
     },
     volume::{self, OpenVolume, open_regular},
@@ -224,19 +224,7 @@ impl NewFiles for DecryptPlan {
 
 fn switch(ctx: &mut Context, plan: &DecryptPlan) -> Result<Value, Halt> {
     let world = ctx.world.clone();
-    let apply = |xml: &mut DomainXml| apply(&world, xml, plan);
-    let is_done = |xml: &DomainXml| is_done(xml, plan);
-    let names_new = |xml: &DomainXml| plan.named_in(xml);
-    let switch = Switch {
-        domain: plan.domain,
-        name: &plan.name,
-        new: None,
-        apply: &apply,
-        is_done: &is_done,
-        names_new: &names_new,
-    };
-    switch.run(ctx)?;
-    Ok(json!({}))
+    switch::switch(ctx, plan, None, |xml| apply(&world, xml, plan), |xml| is_done(xml, plan))
 }
 
 fn apply(world: &World, xml: &mut DomainXml, plan: &DecryptPlan) -> Result<(), Refusal> {
@@ -244,7 +232,7 @@ fn apply(world: &World, xml: &mut DomainXml, plan: &DecryptPlan) -> Result<(), R
     for disk in &plan.disks {
         let there = xml.disk(&disk.target);
         let behind = there.as_ref().and_then(|there| {
-            OnSocket::of(&world.config, there)?.disk(metadata.as_ref(), &world.store, plan.domain)
+            ours::behind(&world.config, &world.store, plan.domain, metadata.as_ref(), there)
         });
         match there.map(|there| there.source) {
             _ if behind == Some(disk.disk) => xml.clear_disk(&disk.target, &disk.clear, disk.format)?,

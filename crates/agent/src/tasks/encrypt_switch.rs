@@ -1,6 +1,6 @@
 //! The definition's side of encrypting: disks of ours in, metadata in, and how to see that both are there.
 
-use serde_json::{Value, json};
+use serde_json::Value;
 use vmseal_model::{
     class::DiskClass,
     id::DomainUuid,
@@ -17,7 +17,7 @@ use crate::{
         place,
         plan::{EncryptPlan, NewDisk, Origin, Target},
         refusal::{Halt, Refusal},
-        switch::{NewFiles, Switch},
+        switch::{self, NewFiles},
     },
 };
 
@@ -44,10 +44,6 @@ impl NewFiles for EncryptPlan {
         };
         self.disks.iter().any(|new| there.iter().any(|seen| names(seen, new)))
     }
-
-    fn clear_files(&self) -> Vec<(&str, &str)> {
-        Vec::new()
-    }
 }
 
 /// All disks of the plan, in one define.
@@ -66,18 +62,7 @@ pub(crate) fn switch(ctx: &mut Context, plan: &EncryptPlan) -> Result<Value, Hal
     };
     let sockets: Vec<_> = plan.disks.iter().map(|d| socket(ctx, plan, d)).collect();
     let apply = |xml: &mut DomainXml| apply(xml, plan, &sockets, &entries);
-    let is_done = |xml: &DomainXml| is_done(xml, plan, &sockets, &entries);
-    let names_new = |xml: &DomainXml| plan.named_in(xml);
-    let switch = Switch {
-        domain: plan.domain,
-        name: &plan.name,
-        new: new.as_ref(),
-        apply: &apply,
-        is_done: &is_done,
-        names_new: &names_new,
-    };
-    switch.run(ctx)?;
-    Ok(json!({}))
+    switch::switch(ctx, plan, new.as_ref(), apply, |xml| is_done(xml, plan, &sockets, &entries))
 }
 
 fn socket(ctx: &Context, plan: &EncryptPlan, disk: &NewDisk) -> String {

@@ -130,6 +130,8 @@ fn finish<P: NewFiles>(
     // Asked again: an earlier run may have written it down long ago.
     let left = match standing(ctx, &plan)? {
         Standing::Unused => roll_back(ctx, &plan)?,
+        // Of a plan that makes no files there is nothing to delete.
+        Standing::Named(why) | Standing::Used(why) if plan.targets().is_empty() => vec![why.message],
         Standing::Named(why) | Standing::Used(why) => vec![format!("{}: nothing was deleted", why.message)],
     };
     if !left.is_empty() {

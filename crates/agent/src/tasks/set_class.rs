@@ -24,7 +24,7 @@ use crate::{
         image::shell,
         refusal::{Halt, Refusal},
         refuse::{check_class, check_off, check_targets, idle_domain, vm_id},
-        switch::{NewFiles, Switch, settle},
+        switch::{self, NewFiles, settle},
     },
 };
 
@@ -96,7 +96,7 @@ fn ours(
     let Some(view) = xml.disk(target) else { return Ok(None) };
     let Some(on) = OnSocket::of(&world.config, &view) else { return Ok(None) };
     let name = xml.name().unwrap_or_default();
-    if on.socket != world.config.disk_socket(domain, target) {
+    if !on.is_of(&world.config, domain) {
         let text = format!("disk {target} of {name} is on the socket of another disk or VM: a copy?");
         return Err(Refusal::new(Code::Integrity, text).hint(format!("vmseal vm adopt {}", shell(name))));
     }
@@ -156,8 +156,8 @@ impl NewFiles for ClassPlan {
         !self.already && xml.disk(&self.target).is_some_and(|disk| disk.source == self.source().view())
     }
 
-    fn clear_files(&self) -> Vec<(&str, &str)> {
-        Vec::new()
+    fn is_named(&self) -> String {
+        format!("the definition of {} has disk {} as {} already", self.name, self.target, self.class.as_str())
     }
 }
 
@@ -174,19 +174,7 @@ impl ClassPlan {
 
 fn switch(ctx: &mut Context, plan: &ClassPlan) -> Result<Value, Halt> {
     let world = ctx.world.clone();
-    let apply = |xml: &mut DomainXml| apply(&world, xml, plan);
-    let is_done = |xml: &DomainXml| is_done(xml, plan);
-    let names_new = |xml: &DomainXml| plan.named_in(xml);
-    let switch = Switch {
-        domain: plan.domain,
-        name: &plan.name,
-        new: None,
-        apply: &apply,
-        is_done: &is_done,
-        names_new: &names_new,
-    };
-    switch.run(ctx)?;
-    Ok(json!({}))
+    switch::switch(ctx, plan, None, |xml| apply(&world, xml, plan), |xml| is_done(xml, plan))
 }
 
 fn apply(world: &World, xml: &mut DomainXml, plan: &ClassPlan) -> Result<(), Refusal> {

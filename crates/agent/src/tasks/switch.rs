@@ -4,7 +4,7 @@
 //! waits: before this step everything can be undone, after it nothing must be. A crash may come between the two and
 //! the journal, so the definition itself is asked before anything is undone: [`settle`], [`standing`].
 
-use serde_json::Value;
+use serde_json::{Value, json};
 use vmseal_model::{id::DomainUuid, refusal::Code};
 
 use crate::{
@@ -25,12 +25,18 @@ pub(crate) trait NewFiles {
     fn domain(&self) -> DomainUuid;
     /// The domain's name.
     fn name(&self) -> &str;
-    /// The disks.
+    /// The disks that get new files.
     fn targets(&self) -> Vec<&str>;
     /// Whether a definition names any of the new files.
     fn named_in(&self, xml: &DomainXml) -> bool;
+    /// The same in words, where it does.
+    fn is_named(&self) -> String {
+        format!("the definition of {} names the new disks already", self.name())
+    }
     /// Those that any definition may name by their path, each with its disk.
-    fn clear_files(&self) -> Vec<(&str, &str)>;
+    fn clear_files(&self) -> Vec<(&str, &str)> {
+        Vec::new()
+    }
 }
 
 /// Whether the new files may be deleted.
@@ -57,9 +63,8 @@ pub(crate) fn standing(ctx: &Context, plan: &impl NewFiles) -> Result<Standing, 
             Err(error) => return Err(unknown(error.into())),
         };
         if plan.named_in(&xml) {
-            let text = format!("the definition of {} names the new disks already", plan.name());
             let hint = format!("look at: virsh dumpxml {}", shell(plan.name()));
-            return Ok(Standing::Named(Refusal::new(Code::Conflict, text).hint(hint)));
+            return Ok(Standing::Named(Refusal::new(Code::Conflict, plan.is_named()).hint(hint)));
         }
     }
     let mut clear = plan.clear_files();
@@ -111,18 +116,44 @@ pub(crate) fn settle(
     })
 }
 
+/// Changes the definition a plan is about, or makes it of `new`, and reads it back. `apply` refuses if it is not as it
+/// was planned; `is_done` says whether it is changed wholly.
+///
+/// # Errors
+///
+/// [`Halt::Failed`] or [`Halt::Cancelled`]: nothing was changed. [`Halt::Suspended`]: it is not known, or libvirt has
+/// something else.
+pub(crate) fn switch(
+    ctx: &mut Context,
+    plan: &impl NewFiles,
+    new: Option<&DomainXml>,
+    apply: impl Fn(&mut DomainXml) -> Result<(), Refusal>,
+    is_done: impl Fn(&DomainXml) -> bool,
+) -> Result<Value, Halt> {
+    let switch = Switch {
+        domain: plan.domain(),
+        name: plan.name(),
+        new,
+        apply: &apply,
+        is_done: &is_done,
+        names_new: &|xml| plan.named_in(xml),
+    };
+    switch.run(ctx)?;
+    Ok(json!({}))
+}
+
 /// A change to a definition.
-pub(crate) struct Switch<'a> {
-    pub(crate) domain: DomainUuid,
-    pub(crate) name: &'a str,
+struct Switch<'a> {
+    domain: DomainUuid,
+    name: &'a str,
     /// The definition of a domain that is not there yet.
-    pub(crate) new: Option<&'a DomainXml>,
+    new: Option<&'a DomainXml>,
     /// Changes it; refuses if it is not as it was planned.
-    pub(crate) apply: &'a dyn Fn(&mut DomainXml) -> Result<(), Refusal>,
+    apply: &'a dyn Fn(&mut DomainXml) -> Result<(), Refusal>,
     /// Whether it is changed, wholly.
-    pub(crate) is_done: &'a dyn Fn(&DomainXml) -> bool,
+    is_done: &'a dyn Fn(&DomainXml) -> bool,
     /// Whether it names any of the new files.
-    pub(crate) names_new: &'a dyn Fn(&DomainXml) -> bool,
+    names_new: &'a dyn Fn(&DomainXml) -> bool,
 }
 
 /// What libvirt has.
@@ -133,13 +164,7 @@ enum Now {
 }
 
 impl Switch<'_> {
-    /// Defines the domain and reads it back.
-    ///
-    /// # Errors
-    ///
-    /// [`Halt::Failed`] or [`Halt::Cancelled`]: nothing was changed. [`Halt::Suspended`]: it is not known, or libvirt has
-    /// something else.
-    pub(crate) fn run(&self, ctx: &mut Context) -> Result<(), Halt> {
+    fn run(&self, ctx: &mut Context) -> Result<(), Halt> {
         let why = match self.attempt(ctx) {
             Err(Halt::Failed(why)) => why,
             Err(Halt::Cancelled) => {
