@@ -1,9 +1,9 @@
 //! The configuration space of the disk (VIRTIO 1.2 §5.2.4), as bytes.
 
+use vmseal_model::control::MAX_QUEUES;
+
 use crate::volume::Layout;
 
-/// Most queues of a disk.
-pub const MAX_QUEUES: u16 = 16;
 /// Most data segments of a request: with header and status a request fits into a queue of 128, which is QEMU's size.
 pub const SEG_MAX: u32 = 126;
 /// Most sectors of one request that writes zeros, which is as much work as any write: 32 MiB.

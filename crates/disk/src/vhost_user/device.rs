@@ -12,6 +12,8 @@ use std::{
     thread,
 };
 
+use vmseal_model::control::MAX_QUEUES;
+
 use super::{
     config,
     connection::BackendChannel,
@@ -132,7 +134,7 @@ impl Device {
             *to = from;
         }
         let mut queues = Vec::new();
-        queues.resize_with(usize::from(config::MAX_QUEUES), Setup::default);
+        queues.resize_with(usize::from(MAX_QUEUES), Setup::default);
         Self {
             shared: Arc::new(Shared { export, id, write_through: AtomicBool::new(false) }),
             accepted: 0,
@@ -169,7 +171,7 @@ impl Device {
         match message {
             Message::GetFeatures => return Ok(Answer::Value(self.offered())),
             Message::GetProtocolFeatures => return Ok(Answer::Value(features::protocol().bits())),
-            Message::GetQueueCount => return Ok(Answer::Value(u64::from(config::MAX_QUEUES))),
+            Message::GetQueueCount => return Ok(Answer::Value(u64::from(MAX_QUEUES))),
             Message::GetMaxRegions => return Ok(Answer::Value(MAX_REGIONS as u64)),
             Message::GetConfig { offset, len, flags } => return Ok(self.get_config(offset, len, flags)),
             Message::GetInflight(wanted) => return self.make_inflight(wanted),
@@ -481,7 +483,7 @@ fn say(said: &AtomicU32, line: std::fmt::Arguments<'_>) {
 }
 
 fn check_shape(queues: u16, size: u16) -> Result<(), InflightError> {
-    if queues == 0 || queues > config::MAX_QUEUES || !size.is_power_of_two() || size > MAX_SIZE {
+    if queues == 0 || queues > MAX_QUEUES || !size.is_power_of_two() || size > MAX_SIZE {
         return Err(InflightError::Shape { queues, size });
     }
     Ok(())
