@@ -110,11 +110,20 @@ pub(crate) async fn start(server: &Server, permit: &Permit, new: NewTask) -> Res
     };
     task::insert(&mut change, &row).await?;
     let shown = row.to_api()?;
-    let answer = change.commit(StatusCode::ACCEPTED, &shown, &format!("task {id}")).await?;
+    let detail = format!("task {id}{}", about(&command));
+    let answer = change.commit(StatusCode::ACCEPTED, &shown, &detail).await?;
     server.tell(shown);
     // If the session ended meanwhile, the next one gets it.
     server.sessions.send(&new.host_id, to_agent::Body::Command(fenced(server, command)));
     Ok(answer)
+}
+
+/// What else of a command belongs into the audit: what no later event of its task tells.
+fn about(command: &Command) -> String {
+    match &command.body {
+        Some(command::Body::SetDisk(c)) => format!(": disk {}, class {}", shown(&c.target), shown(&c.class)),
+        _ => String::new(),
+    }
 }
 
 /// The key for a task: the VM's own if it has a current one of that provider, else a new one.

@@ -5,6 +5,7 @@ use hyper::Method;
 use serde_json::json;
 use vmseal_api::{
     agent::v1::{Command, KeyRequest, TaskEvent, command},
+    audit::AuditEntry,
     key::Key,
     page::Page,
     paths,
@@ -121,6 +122,9 @@ async fn class_reaches_the_host_as_it_was_asked_for() {
     let Some(command::Body::SetDisk(asked)) = scene.host.command().await.body else { panic!() };
     let domain = scene.guest.domain.to_string();
     assert_eq!((asked.domain_uuid, asked.target.as_str(), asked.class.as_str()), (domain, "vda", "fast"));
+    let page: Page<AuditEntry> = scene.rig.root().get("/v1/audit?limit=1000").await.good();
+    let entry = page.items.iter().find(|entry| entry.verb == "disk.set" && entry.outcome == "done").unwrap();
+    assert_eq!(entry.detail, format!("task {}: disk vda, class fast", task.id));
 }
 
 #[tokio::test]
