@@ -15,7 +15,7 @@ use crate::{
     config::AgentConfig,
     domain_xml::{DomainXml, EncryptedSource},
     inventory::vm_of,
-    ours::OnSocket,
+    ours::Ours,
     ports::{Definition, Hypervisor, HypervisorError},
     store::Store,
     tasks::Refusal,
@@ -45,7 +45,7 @@ pub fn adopt(
         Refusal::new(Code::UnknownVm, format!("nothing is known here of {what} of '{}'", info.name))
             .hint("put the vmseal element of the original into its metadata")
     };
-    let ours = disks.iter().filter_map(|disk| OnSocket::of(config, disk)).map(|on| {
+    let ours = disks.iter().filter_map(|disk| Ours::of(config, disk)).map(|on| {
         let disk = on.disk(metadata.as_ref(), store, domain);
         let disk = disk.ok_or_else(|| unknown(format!("disk {}", on.target)))?;
         Ok((on.target.to_owned(), disk, on.class))
@@ -70,7 +70,10 @@ pub fn adopt(
         let mut known = known.ok_or_else(|| unknown(format!("disk {target} ({disk})")))?;
         let socket = config.disk_socket(domain, &target).to_string_lossy().into_owned();
         let source = EncryptedSource { disk, format: known.format, socket, class };
-        (known.class, known.aside) = (class, xml.encrypt_disk(&target, &source)?);
+        if known.class != class {
+            (known.class, known.chosen) = (class, None);
+        }
+        known.aside = xml.encrypt_disk(&target, &source)?;
         disks.push(known);
     }
     xml.set_disks(vm, domain, disks)?;
@@ -107,7 +110,11 @@ fn refuse_twice(
 
 fn disk_of(store: &Store, metadata: Option<&VmMetadata>, target: &str, disk: DiskId) -> Option<DiskMetadata> {
     let mut known = match store.disk(disk) {
-        Some((_, stored)) => crate::reconcile::disk_metadata(&stored),
+        Some((_, stored)) => {
+            let in_metadata = metadata.and_then(|m| m.disks.iter().find(|d| d.disk == disk));
+            let chosen = in_metadata.and_then(|m| m.chosen.clone());
+            DiskMetadata { chosen, ..crate::reconcile::disk_metadata(&stored) }
+        }
         None => metadata?.disks.iter().find(|d| d.disk == disk)?.clone(),
     };
     target.clone_into(&mut known.target);

@@ -6,7 +6,7 @@ use std::{
 };
 
 use serde::Deserialize;
-use vmseal_model::id::DomainUuid;
+use vmseal_model::id::{DiskId, DomainUuid};
 
 /// Where the configuration lies unless `--config` says otherwise.
 pub const DEFAULT_PATH: &str = "/etc/vmseal/agent.toml";
@@ -25,7 +25,10 @@ pub struct AgentConfig {
     pub libvirt_run_dir: PathBuf,
     /// The program that serves disks. Unset: beside this program, else [`AgentConfig::INSTALLED_DISK_BINARY`].
     pub disk_binary: Option<PathBuf>,
-    /// The user that program runs as.
+    /// The program that makes block devices of disks, and runs as root. Unset: beside this program, else
+    /// [`AgentConfig::INSTALLED_UBLK_BINARY`].
+    pub ublk_binary: Option<PathBuf>,
+    /// The user that disk processes run as.
     pub disk_user: String,
     /// The group QEMU runs with: it may connect to the disks' sockets.
     pub qemu_group: String,
@@ -54,6 +57,7 @@ impl Default for AgentConfig {
             libvirt_uri: "qemu:///system".into(),
             libvirt_run_dir: "/run/libvirt/qemu".into(),
             disk_binary: None,
+            ublk_binary: None,
             disk_user: "vmseal-disk".into(),
             qemu_group: "libvirt-qemu".into(),
             rbd_binary: None,
@@ -70,6 +74,10 @@ impl Default for AgentConfig {
 impl AgentConfig {
     /// Where the packages put the disk program.
     pub const INSTALLED_DISK_BINARY: &'static str = "/usr/libexec/vmseal/vmseal-disk";
+    /// Where the packages put the program that makes block devices.
+    pub const INSTALLED_UBLK_BINARY: &'static str = "/usr/libexec/vmseal/vmseal-ublk";
+    /// Where block devices of disks have their names.
+    pub const UBLK_DIR: &'static str = "/dev/vmseal";
 
     /// Where the packages put the helper for Ceph RBD.
     pub const INSTALLED_RBD_BINARY: &'static str = "/usr/libexec/vmseal/vmseal-rbd";
@@ -103,6 +111,7 @@ impl AgentConfig {
         ];
         let optional = [
             ("disk_binary", &config.disk_binary),
+            ("ublk_binary", &config.ublk_binary),
             ("rbd_binary", &config.rbd_binary),
             ("ceph_conf", &config.ceph_conf),
             ("ceph_keyring", &config.ceph_keyring),
@@ -128,6 +137,21 @@ impl AgentConfig {
         self.vm_dir(domain).join(format!("{target}.sock"))
     }
 
+    /// The socket on which only the warden of a disk's block device may connect.
+    pub fn ublk_socket(&self, domain: DomainUuid, target: &str) -> PathBuf {
+        self.vm_dir(domain).join(format!("{target}.ublk.sock"))
+    }
+
+    /// The block device of a disk; the same on every host.
+    pub fn ublk_device(disk: DiskId) -> String {
+        format!("{}/{disk}", Self::UBLK_DIR)
+    }
+
+    /// The program that makes block devices.
+    pub fn ublk_program(&self) -> PathBuf {
+        program(self.ublk_binary.as_ref(), "vmseal-ublk", Self::INSTALLED_UBLK_BINARY)
+    }
+
     /// The socket the agent finds a VM's disk process on.
     pub fn control_socket(&self, domain: DomainUuid) -> PathBuf {
         self.vm_dir(domain).join("control.sock")
@@ -135,21 +159,22 @@ impl AgentConfig {
 
     /// The disk program to run.
     pub fn disk_program(&self) -> PathBuf {
-        program(&self.disk_binary, "vmseal-disk", Self::INSTALLED_DISK_BINARY)
+        program(self.disk_binary.as_ref(), "vmseal-disk", Self::INSTALLED_DISK_BINARY)
     }
 
     /// The helper for Ceph RBD to run.
     pub fn rbd_program(&self) -> PathBuf {
-        program(&self.rbd_binary, "vmseal-rbd", Self::INSTALLED_RBD_BINARY)
+        program(self.rbd_binary.as_ref(), "vmseal-rbd", Self::INSTALLED_RBD_BINARY)
     }
 }
 
-fn program(configured: &Option<PathBuf>, name: &str, installed: &str) -> PathBuf {
+/// What was said, else the one beside this program, else where packages put it.
+fn program(said: Option<&PathBuf>, name: &str, installed: &str) -> PathBuf {
     let beside = || {
         let beside = std::env::current_exe().ok()?.with_file_name(name);
         beside.exists().then_some(beside)
     };
-    configured.clone().or_else(beside).unwrap_or_else(|| installed.into())
+    said.cloned().or_else(beside).unwrap_or_else(|| installed.into())
 }
 
 /// Begins the name of every VM's directory in the run directory.
@@ -210,6 +235,7 @@ mod tests {
         let text = parse("state_dir = \"var\"").unwrap_err().to_string();
         assert!(text.contains("state_dir"), "{text}");
         assert!(parse("disk_binary = \"vmseal-disk\"").is_err());
+        assert!(parse("ublk_binary = \"vmseal-ublk\"").is_err());
     }
 
     #[test]
@@ -227,5 +253,6 @@ mod tests {
         let dir = "/run/vmseal/libvirt-00112233-4455-6677-8899-aabbccddeeff";
         assert_eq!(config.disk_socket(domain, "vda"), Path::new(dir).join("vda.sock"));
         assert_eq!(config.control_socket(domain), Path::new(dir).join("control.sock"));
+        assert_eq!(config.ublk_socket(domain, "vda"), Path::new(dir).join("vda.ublk.sock"));
     }
 }

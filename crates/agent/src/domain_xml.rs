@@ -13,10 +13,11 @@ use vmseal_model::{
 pub use crate::metadata::metadata_element;
 pub use crate::xml::XmlError;
 use crate::{
+    config::AgentConfig,
     fast_disk::{self, replace_source},
     metadata::{from_element, qualified_element},
     rbd::Location,
-    rbd_disk, shared_memory,
+    rbd_disk, shared_memory, ublk_disk,
     xml::{Document, Element, Node},
 };
 
@@ -92,6 +93,17 @@ pub enum DiskSource {
     Other(String),
 }
 
+impl DiskSource {
+    /// Whether there is nothing to look into while the VM is off: a socket, or a block device of ours.
+    pub fn is_served(&self) -> bool {
+        match self {
+            Self::NbdUnix { .. } | Self::VhostUser { .. } => true,
+            Self::Block(device) => ublk_disk::name(device).is_some(),
+            Self::File(_) | Self::Rbd(_) | Self::None | Self::Other(_) => false,
+        }
+    }
+}
+
 /// How an encrypted disk is reached.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct EncryptedSource {
@@ -99,7 +111,7 @@ pub struct EncryptedSource {
     pub disk: DiskId,
     /// What lies inside.
     pub format: InnerFormat,
-    /// The socket its worker listens on.
+    /// The socket its worker listens on; of class `ublk` nothing that QEMU is told.
     pub socket: String,
     /// How it is presented there.
     pub class: DiskClass,
@@ -111,6 +123,7 @@ impl EncryptedSource {
         let socket = self.socket.clone();
         match self.class {
             DiskClass::Compatible => DiskSource::NbdUnix { socket, export: self.disk.to_string() },
+            DiskClass::Ublk => DiskSource::Block(AgentConfig::ublk_device(self.disk)),
             DiskClass::Fast => DiskSource::VhostUser { socket },
         }
     }
@@ -263,13 +276,25 @@ impl DomainXml {
     ///
     /// [`XmlError::NoDisk`].
     pub fn encrypt_disk(&mut self, target: &str, source: &EncryptedSource) -> Result<Aside, XmlError> {
-        let (aside, cpus) = (self.aside(target), self.cpus());
+        let (mut aside, cpus) = (self.aside(target), self.cpus());
         let disk = self.disk_mut(target)?;
         let image = rbd_disk::enter(disk, &aside);
+        let stays = match source.class {
+            DiskClass::Compatible => false,
+            DiskClass::Ublk => ublk_disk::is_ublk(disk),
+            DiskClass::Fast => fast_disk::is_fast(disk),
+        };
+        if !stays {
+            leave(disk, &aside);
+            aside.clear();
+        }
         let mut aside = match source.class {
             DiskClass::Fast => fast_disk::enter(disk, &source.socket, cpus, aside),
+            DiskClass::Ublk => {
+                let device = AgentConfig::ublk_device(source.disk);
+                ublk_disk::enter(disk, &device, source.format, aside)
+            }
             DiskClass::Compatible => {
-                leave(disk, &aside);
                 disk.set("type", "network");
                 set_driver(disk, source.format, true);
                 replace_source(disk, source_element(source));
@@ -330,7 +355,7 @@ impl DomainXml {
     }
 
     /// CPUs the guest may have.
-    fn cpus(&self) -> u32 {
+    pub(crate) fn cpus(&self) -> u32 {
         self.0.root.child("vcpu").and_then(|vcpu| vcpu.text().trim().parse().ok()).unwrap_or(1)
     }
 
@@ -451,9 +476,9 @@ fn source_element(source: &EncryptedSource) -> Element {
         .with_child(Element::new("reconnect").with("delay", &RECONNECT_SECONDS.to_string()))
 }
 
-/// Undoes the form of a fast disk, if it has that.
+/// Undoes the form of a fast disk or of a block device, if it has that.
 fn leave(disk: &mut Element, aside: &Aside) {
-    if fast_disk::is_fast(disk) {
+    if fast_disk::is_fast(disk) || ublk_disk::is_ublk(disk) {
         fast_disk::leave(disk, aside);
     }
 }

@@ -6,6 +6,7 @@
 
 use std::{
     collections::BTreeMap,
+    path::Path,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
@@ -21,9 +22,10 @@ use vmseal_model::{
 use crate::{
     config::AgentConfig,
     domain_xml::{DiskDevice, DiskSource, DiskView, DomainXml},
-    ours::{self, OnSocket},
+    ours::{self, Ours},
     ports::{Definition, DomainInfo, Hypervisor, HypervisorError},
     store::{Store, StoredDisk, StoredVm},
+    ublk,
     uplink::{Uplink, word},
     wanted::Wanted,
 };
@@ -44,6 +46,7 @@ struct Known {
     /// libvirt was asked for all of them at least once; before that a list would lack VMs.
     complete: bool,
     warnings: Vec<v1::Warning>,
+    capabilities: v1::HostCapabilities,
     sent: Option<v1::Inventory>,
 }
 
@@ -58,7 +61,14 @@ impl Inventory {
         warnings: Arc<dyn Fn() -> Vec<v1::Warning> + Send + Sync>,
     ) -> Self {
         let vms = store.vms().iter().map(|vm| (vm.domain, remembered(vm))).collect();
-        let known = Mutex::new(Known { vms, complete: false, warnings: Vec::new(), sent: None });
+        let known = Known {
+            vms,
+            complete: false,
+            warnings: Vec::new(),
+            capabilities: capabilities(&config),
+            sent: None,
+        };
+        let known = Mutex::new(known);
         Self { config, hypervisor, store, wanted, uplink, warnings, known }
     }
 
@@ -102,9 +112,9 @@ impl Inventory {
 
     /// Sends what is known, if it is whole, or as whole as what was announced already, and differs from what was sent last.
     pub fn send(&self) {
-        let warnings = (self.warnings)();
+        let (warnings, capabilities) = ((self.warnings)(), capabilities(&self.config));
         let mut known = self.lock();
-        known.warnings = warnings;
+        (known.warnings, known.capabilities) = (warnings, capabilities);
         if known.complete || known.sent.is_some() {
             self.send_known(&mut known);
         }
@@ -128,7 +138,11 @@ impl Inventory {
         for vm in &mut vms {
             self.add_locked(vm);
         }
-        let inventory = v1::Inventory { vms, warnings: known.warnings.clone() };
+        let inventory = v1::Inventory {
+            vms,
+            warnings: known.warnings.clone(),
+            capabilities: Some(known.capabilities.clone()),
+        };
         if known.sent.as_ref() != Some(&inventory)
             && self.uplink.send(Body::Inventory(inventory.clone())).is_ok()
         {
@@ -167,7 +181,7 @@ impl Inventory {
         let all = xml.disks();
         let disks = all.iter().filter(|disk| disk.device == DiskDevice::Disk);
         let disks: Vec<v1::Disk> = disks
-            .map(|disk| match OnSocket::of(&self.config, disk) {
+            .map(|disk| match Ours::of(&self.config, disk) {
                 Some(on) => match on.disk(metadata.as_ref(), &self.store, domain) {
                     Some(id) => self.encrypted(&on, id, in_metadata(id)),
                     None => unknown(&on),
@@ -192,7 +206,7 @@ impl Inventory {
         vm_of(&self.store, &self.config, domain, xml).map_or(String::new(), |vm| vm.to_string())
     }
 
-    fn encrypted(&self, on: &OnSocket<'_>, id: DiskId, in_metadata: Option<&DiskMetadata>) -> v1::Disk {
+    fn encrypted(&self, on: &Ours<'_>, id: DiskId, in_metadata: Option<&DiskMetadata>) -> v1::Disk {
         let described = match (self.store.disk(id), in_metadata) {
             (Some((_, stored)), _) => stored_disk(on.target, &stored),
             // Nobody has verified it, so the server is not to learn epochs or keys from it.
@@ -203,8 +217,10 @@ impl Inventory {
             }
             (None, None) => v1::Disk { disk_id: id.to_string(), ..unknown(on) },
         };
-        // The definition decides it, whatever its copies say.
-        v1::Disk { class: on.class.as_str().to_owned(), ..described }
+        // The definition decides it, whatever its copies say. How it came about is only known of what they say.
+        let chosen = in_metadata.filter(|m| m.class == on.class).and_then(|m| m.chosen.clone());
+        let (asked, why) = chosen.map_or_else(Default::default, |c| (c.asked.as_str().to_owned(), c.why));
+        v1::Disk { class: on.class.as_str().to_owned(), asked, why, ..described }
     }
 
     fn add_locked(&self, vm: &mut v1::Vm) {
@@ -241,6 +257,11 @@ pub(crate) fn vm_of(
     let in_metadata = || metadata.as_ref().map(|metadata| metadata.vm);
     let of_disks = || xml.disks().iter().find_map(owner);
     store.vm_of_domain(domain).or_else(in_metadata).or_else(of_disks)
+}
+
+fn capabilities(config: &AgentConfig) -> v1::HostCapabilities {
+    let here = ublk::capabilities(config, Path::new("/"));
+    v1::HostCapabilities { ublk: here.ublk, no_ublk: here.no_ublk, vhost_user: here.vhost_user }
 }
 
 /// A VM as the store has it, before libvirt was asked.
@@ -282,11 +303,12 @@ fn described(
         class: class.as_str().to_owned(),
         record: record.to_vec(),
         header: header.unwrap_or_default().to_owned(),
+        ..v1::Disk::default()
     }
 }
 
 /// A disk of ours of which nobody says which it is: its VM does not start, and it is certainly not clear.
-fn unknown(on: &OnSocket<'_>) -> v1::Disk {
+fn unknown(on: &Ours<'_>) -> v1::Disk {
     v1::Disk {
         target: on.target.to_owned(),
         encrypted: true,

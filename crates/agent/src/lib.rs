@@ -47,6 +47,8 @@ pub mod spawn;
 pub mod start;
 pub mod store;
 pub mod tasks;
+pub mod ublk;
+pub(crate) mod ublk_disk;
 pub mod uplink;
 pub mod volume;
 pub mod wanted;

@@ -8,7 +8,7 @@ use std::collections::HashSet;
 
 use base64::{Engine as _, engine::general_purpose::STANDARD};
 use vmseal_model::{
-    class::DiskClass,
+    class::{Chosen, ClassChoice, DiskClass},
     metadata::{Aside, DiskMetadata, NAMESPACE, PREFIX, SharedMemory, VmMetadata},
     record::MAX_RECORD_LEN,
     state::InnerFormat,
@@ -24,6 +24,8 @@ pub const MAX_DISKS: usize = 1024;
 /// Most parts of one disk that are read as set aside, and most bytes of one.
 const MAX_ASIDE: usize = 64;
 const MAX_ASIDE_BYTES: usize = 4096;
+/// Most characters that are read of why a disk has its class.
+const MAX_WHY: usize = 500;
 
 /// The element as `virDomainSetMetadata` wants it: without prefix and namespace, which libvirt puts in itself and
 /// refuses to find there already.
@@ -57,6 +59,10 @@ fn to_element(metadata: &VmMetadata, prefix: &str) -> Element {
         }
         element.set("format", disk.format.as_str());
         element.set("class", disk.class.as_str());
+        if let Some(chosen) = &disk.chosen {
+            element.set("asked", chosen.asked.as_str());
+            element.set("why", &chosen.why);
+        }
         for (part, value) in &disk.aside {
             let mut aside = named("aside").with("of", part);
             if !value.is_empty() {
@@ -123,10 +129,18 @@ fn disk(element: &Element, scope: &[&Element]) -> Result<DiskMetadata, XmlError>
         class: DiskClass::from_word(class).ok_or_else(|| {
             damaged(format!("{about} has the class '{}', which this version does not know", shortened(class)))
         })?,
+        chosen: chosen(element),
         aside: aside(element, &scope, &about)?,
         target,
         record,
     })
+}
+
+/// For people only, so what is not understood is not there.
+fn chosen(element: &Element) -> Option<Chosen> {
+    let asked = ClassChoice::from_word(element.get("asked").filter(|word| !word.is_empty())?)?;
+    let why = element.get("why").unwrap_or_default().chars().take(MAX_WHY).collect();
+    Some(Chosen { asked, why })
 }
 
 fn decode_record(text: &str, target: &str) -> Result<Vec<u8>, XmlError> {

@@ -1,6 +1,6 @@
-//! Which disks of a definition are on sockets of ours, and which disk of ours each is.
+//! Which disks of a definition are served by us, on sockets or as block devices, and which disk of ours each is.
 //!
-//! A definition's disk, its metadata and the agent's store in; the socket, the class QEMU will expect there, and the id
+//! A definition's disk, its metadata and the agent's store in; the place, the class QEMU will expect there, and the id
 //! out. The definition decides the class, for it is what QEMU is given; nothing is verified here.
 
 use std::path::Path;
@@ -15,14 +15,15 @@ use crate::{
     config::AgentConfig,
     domain_xml::{DiskSource, DiskView},
     store::Store,
+    ublk_disk,
 };
 
-/// A disk on a socket below our run directory, whichever domain's that is.
+/// A disk on a socket below our run directory, whichever domain's that is, or a block device with a name of ours.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) struct OnSocket<'a> {
-    /// The socket.
-    pub(crate) socket: &'a Path,
-    /// What QEMU will speak on it.
+pub(crate) struct Ours<'a> {
+    /// Socket or device.
+    place: &'a Path,
+    /// How QEMU is given it.
     pub(crate) class: DiskClass,
     /// Its name in the guest.
     pub(crate) target: &'a str,
@@ -30,29 +31,27 @@ pub(crate) struct OnSocket<'a> {
     pub(crate) export: Option<&'a str>,
 }
 
-impl<'a> OnSocket<'a> {
-    /// The socket of a disk; none if it is not on one of ours.
+impl<'a> Ours<'a> {
+    /// A disk, if it is at a place of ours.
     pub(crate) fn of(config: &AgentConfig, disk: &'a DiskView) -> Option<Self> {
-        let (socket, class, export) = match &disk.source {
+        let (place, class, export) = match &disk.source {
             DiskSource::NbdUnix { socket, export } => (socket, DiskClass::Compatible, Some(export.as_str())),
             DiskSource::VhostUser { socket } => (socket, DiskClass::Fast, None),
-            DiskSource::File(_)
-            | DiskSource::Block(_)
-            | DiskSource::Rbd(_)
-            | DiskSource::None
-            | DiskSource::Other(_) => return None,
+            DiskSource::Block(device) => (device, DiskClass::Ublk, Some(ublk_disk::name(device)?)),
+            DiskSource::File(_) | DiskSource::Rbd(_) | DiskSource::None | DiskSource::Other(_) => return None,
         };
-        let socket = Path::new(socket);
-        let on = Self { socket, class, target: &disk.target, export };
-        socket.starts_with(&config.run_dir).then_some(on)
+        let place = Path::new(place);
+        let ours = Self { place, class, target: &disk.target, export };
+        (class == DiskClass::Ublk || place.starts_with(&config.run_dir)).then_some(ours)
     }
 
-    /// Whether it is where that domain's disk of that target is served, and not where another's is.
+    /// Whether it is where that domain's disk of that target is served, and not where another's is. The name of a device
+    /// says which disk it is and nothing of a domain.
     pub(crate) fn is_of(&self, config: &AgentConfig, domain: DomainUuid) -> bool {
-        self.socket == config.disk_socket(domain, self.target)
+        self.class == DiskClass::Ublk || self.place == config.disk_socket(domain, self.target)
     }
 
-    /// The disk behind it, if anybody says which. NBD has its id for a name. vhost-user has no name: the metadata that
+    /// The disk behind it, if anybody says which. NBD and devices have its id for a name. vhost-user has no name: the metadata that
     /// stands in the same definition says it, else the store, if it has one disk of that target for the VM.
     pub(crate) fn disk(
         &self,
@@ -82,7 +81,7 @@ pub(crate) fn behind(
     metadata: Option<&VmMetadata>,
     disk: &DiskView,
 ) -> Option<DiskId> {
-    OnSocket::of(config, disk)?.disk(metadata, store, domain)
+    Ours::of(config, disk)?.disk(metadata, store, domain)
 }
 
 #[cfg(test)]
@@ -123,7 +122,7 @@ mod tests {
         let scratch = Scratch::new();
         let (store, config) = (Store::open(scratch.path()).unwrap(), AgentConfig::default());
         let disk = xml("/run/vmseal/x/vda.sock").disks().remove(0);
-        let on = OnSocket::of(&config, &disk).unwrap();
+        let on = Ours::of(&config, &disk).unwrap();
         assert_eq!((on.class, on.disk(None, &store, DOMAIN)), (DiskClass::Fast, None));
         store.put_disk(VM, DOMAIN, stored(4, "vda", true)).unwrap();
         store.put_disk(VM, DOMAIN, stored(5, "vdb", false)).unwrap();
@@ -138,7 +137,30 @@ mod tests {
     fn vhost_user_disk_of_somebody_else_is_none_of_ours() {
         let config = AgentConfig::default();
         for socket in ["/run/vmseal-other/vda.sock", "/run/spdk/vda.sock"] {
-            assert_eq!(OnSocket::of(&config, &xml(socket).disks()[0]), None);
+            assert_eq!(Ours::of(&config, &xml(socket).disks()[0]), None);
+        }
+    }
+
+    #[test]
+    fn block_device_says_by_its_name_whose_it_is() {
+        let scratch = Scratch::new();
+        let (store, config) = (Store::open(scratch.path()).unwrap(), AgentConfig::default());
+        let disk = DiskId::from_bytes([5; 16]);
+        let seen = |dev: &str| {
+            let xml = format!(
+                "<domain><devices><disk type='block' device='disk'><source dev='{dev}'/><target dev='vda'/></disk>\
+                 </devices></domain>"
+            );
+            DomainXml::parse(&xml).unwrap().disks().remove(0)
+        };
+        let ours = seen(&AgentConfig::ublk_device(disk));
+        let ours = Ours::of(&config, &ours).unwrap();
+        assert_eq!((ours.class, ours.disk(None, &store, DOMAIN)), (DiskClass::Ublk, Some(disk)));
+        assert!(ours.is_of(&config, DOMAIN));
+        let nameless = seen("/dev/vmseal/data");
+        assert_eq!(Ours::of(&config, &nameless).unwrap().disk(None, &store, DOMAIN), None);
+        for other in ["/dev/sda", "/dev/ublkb0", "/dev/vmseal-other/x", "/dev/vmseal"] {
+            assert_eq!(Ours::of(&config, &seen(other)), None, "{other}");
         }
     }
 }

@@ -265,7 +265,8 @@ pub(crate) fn disk_metadata(disk: &StoredDisk) -> DiskMetadata {
         header: disk.header.clone(),
         format: disk.format,
         class: disk.class,
-        // Only definitions know it.
+        // Only definitions know these two.
+        chosen: None,
         aside: Aside::new(),
         record: disk.record.clone(),
     }
@@ -279,6 +280,9 @@ fn keep_aside(wanted: &mut VmMetadata, known: &VmMetadata) {
         let known = known.disks.iter().find(|known| known.disk == disk.disk);
         if let Some(known) = known.filter(|_| disk.aside.is_empty()) {
             disk.aside.clone_from(&known.aside);
+        }
+        if let Some(known) = known.filter(|known| disk.chosen.is_none() && known.class == disk.class) {
+            disk.chosen.clone_from(&known.chosen);
         }
     }
 }
@@ -349,6 +353,7 @@ mod tests {
             header: None,
             format: InnerFormat::Raw,
             class: DiskClass::Compatible,
+            chosen: None,
             aside: Aside::new(),
             record: record.encode(),
         };

@@ -32,6 +32,7 @@ mod wipe;
 
 use std::{
     collections::BTreeMap,
+    path::Path,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     thread::{self, JoinHandle},
     time::{Duration, SystemTime},
@@ -53,6 +54,7 @@ use crate::{
     journal::{Entry, Journal, JournalError, Outcome},
     ports::{Hypervisor, KeySource, TaskReport, TaskSink},
     store::Store,
+    ublk,
 };
 
 /// How long journals of ended tasks are kept.
@@ -96,6 +98,10 @@ impl Runner {
             store,
             sink,
             host: Mutex::default(),
+            capabilities: Box::new({
+                let config = config.clone();
+                move || ublk::capabilities(&config, Path::new("/"))
+            }),
             patience: PATIENCE,
             crash_at: None,
         })

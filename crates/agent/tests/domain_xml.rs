@@ -5,7 +5,7 @@ use vmseal_agent::{
     xml::{Document, Element, MAX_BYTES, MAX_DEPTH, Node, XmlError},
 };
 use vmseal_model::{
-    class::DiskClass,
+    class::{Chosen, ClassChoice, DiskClass},
     id::{DiskId, DomainUuid, VmId},
     metadata::{Aside, DiskMetadata, SharedMemory, VmMetadata},
     state::InnerFormat,
@@ -40,6 +40,7 @@ fn metadata() -> VmMetadata {
         header: header.map(str::to_owned),
         format: if n == 0 { InnerFormat::Raw } else { InnerFormat::Qcow2 },
         class: DiskClass::Compatible,
+        chosen: None,
         aside: Aside::new(),
         record: (0..=255).cycle().skip(n.into()).take(400).collect(),
     };
@@ -522,6 +523,80 @@ fn libvirt_takes_fast_disks_and_all_that_was_set_aside_comes_back() {
         }
     }
     std::fs::remove_dir_all(&dir).unwrap();
+}
+
+#[test]
+fn libvirt_takes_block_devices_and_all_that_was_set_aside_comes_back() {
+    let dir = std::path::PathBuf::from(env!("CARGO_TARGET_TMPDIR")).join("libvirt-ublk");
+    std::fs::create_dir_all(&dir).unwrap();
+    let plain = through_libvirt(&DomainXml::parse(TUNED).unwrap(), &dir);
+    let mut xml = plain.clone();
+    set_class(&mut xml, "vda", DiskClass::Ublk);
+    set_class(&mut xml, "vdb", DiskClass::Ublk);
+    xml.add_encrypted_disk("sda", &EncryptedSource { class: DiskClass::Ublk, ..source() }).unwrap();
+    let mut ublk = through_libvirt(&xml, &dir);
+    let device = format!("/dev/vmseal/{}", source().disk);
+    let driver = |xml: &DomainXml, target| attributes(disk_element(xml, target).child("driver").unwrap());
+    for target in ["vda", "vdb", "sda"] {
+        assert_eq!(ublk.disk(target).unwrap().source, DiskSource::Block(device.clone()), "{target}");
+        for part in ["cache=none", "io=io_uring", "discard=unmap", "error_policy=stop", "rerror_policy=stop"]
+        {
+            assert!(driver(&ublk, target).iter().any(|p| p == part), "{part} in {:?}", driver(&ublk, target));
+        }
+    }
+    assert_eq!(ublk.disk("sda").unwrap().format.as_deref(), Some("qcow2"));
+    for part in ["detect_zeroes=on", "iothread=1", "packed=on", "queue_size=256"] {
+        assert!(driver(&ublk, "vda").iter().any(|p| p == part), "what is not in the way stays: {part}");
+    }
+    for kept in ["target", "boot", "alias", "serial"] {
+        assert_eq!(disk_element(&ublk, "vda").child(kept), disk_element(&plain, "vda").child(kept), "{kept}");
+    }
+    assert!(!ublk.to_xml().contains("memoryBacking"));
+    let aside = |xml: &DomainXml, target: &str| {
+        let disks = xml.metadata().unwrap().unwrap().disks;
+        disks.into_iter().find(|disk| disk.target == target).unwrap().aside
+    };
+    let set_aside = aside(&ublk, "vda");
+    set_class(&mut ublk, "vda", DiskClass::Ublk);
+    assert_eq!(aside(&ublk, "vda"), set_aside, "one that is put there again loses nothing");
+
+    // By every way there is, and straight to clear, all is as it was.
+    for way in [&[][..], &[DiskClass::Fast], &[DiskClass::Fast, DiskClass::Ublk], &[DiskClass::Compatible]] {
+        let mut clear = ublk.clone();
+        for class in way {
+            set_class(&mut clear, "vda", *class);
+            set_class(&mut clear, "vdb", *class);
+            clear = through_libvirt(&clear, &dir);
+        }
+        clear.clear_disk("vda", "/x/a.img", InnerFormat::Raw).unwrap();
+        clear.clear_disk("vdb", "/x/b.img", InnerFormat::Raw).unwrap();
+        for target in ["vda", "vdb"] {
+            let (now, before) = (disk_element(&clear, target), disk_element(&plain, target));
+            assert_eq!(attributes(&now), attributes(&before), "{way:?}");
+            // What a network disk cannot have is lost by that class, and what it puts there stays.
+            if !way.contains(&DiskClass::Compatible) {
+                assert_eq!(driver(&clear, target), driver(&plain, target), "{way:?}");
+            }
+            for child in ["source", "target", "serial", "boot", "alias"] {
+                assert_eq!(now.child(child), before.child(child), "{target} {child} {way:?}");
+            }
+        }
+    }
+    std::fs::remove_dir_all(&dir).unwrap();
+}
+
+#[test]
+fn metadata_says_how_a_class_came_about_and_reads_on_where_that_is_not_understood() {
+    let mut written = metadata();
+    let why = "hosts <a>, 'b' & \"c\" have no ublk".to_owned();
+    written.disks[0].chosen = Some(Chosen { asked: ClassChoice::Auto, why });
+    let mut xml = DomainXml::parse(SAMPLES[1]).unwrap();
+    xml.set_metadata(&written);
+    assert_eq!(DomainXml::parse(&xml.to_xml()).unwrap().metadata().unwrap(), Some(written.clone()));
+    let newer =
+        xml.to_xml().replace("asked=\"auto\"", "asked=\"warp\"").replace("asked='auto'", "asked='warp'");
+    written.disks[0].chosen = None;
+    assert_eq!(DomainXml::parse(&newer).unwrap().metadata().unwrap(), Some(written));
 }
 
 #[test]

@@ -28,9 +28,15 @@ pub struct Disk {
     pub stored_bytes: u64,
     /// Bytes the guest's side sees.
     pub presented_bytes: u64,
-    /// How QEMU is given it: `compatible` or `fast`.
+    /// How QEMU is given it: `compatible`, `ublk` or `fast`.
     #[serde(default, skip_serializing_if = "String::is_empty")]
     pub class: String,
+    /// What that was asked for as: `auto`, `compatible` or `fast`; absent where nobody knows.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub asked: String,
+    /// Why that became this class, in one line.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub why: String,
     /// Detached header, if it has one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub header: Option<String>,

@@ -42,6 +42,9 @@ pub struct Host {
     pub secret_memory: String,
     /// VMs on it.
     pub vms: u32,
+    /// What it can present disks by, beside NBD.
+    #[serde(default)]
+    pub capabilities: Capabilities,
     /// Findings of its doctor.
     pub warnings: Vec<Finding>,
     /// When it joined.
@@ -51,6 +54,19 @@ pub struct Host {
     pub seen_ms: Option<i64>,
     /// When its certificate expires.
     pub certificate_expires_ms: i64,
+}
+
+/// What a host can present disks by, beside NBD. What its agent has not said is not there.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(default)]
+pub struct Capabilities {
+    /// Block devices by the kernel's ublk.
+    pub ublk: bool,
+    /// Why not, in one line.
+    #[serde(skip_serializing_if = "String::is_empty")]
+    pub no_ublk: String,
+    /// vhost-user-blk.
+    pub vhost_user: bool,
 }
 
 /// What `vmseal-agent join` wants.

@@ -6,7 +6,7 @@ use vmseal_model::class::ClassChoice;
 /// The option where a disk is made or encrypted.
 #[derive(Debug, Clone, Default, Args)]
 pub(crate) struct ClassArgs {
-    /// How QEMU is given it; fast gives up libvirt's snapshots and backup
+    /// How QEMU is given it; auto loses nothing, fast gives up libvirt's snapshots and backup
     #[arg(long, value_enum, value_name = "CLASS", default_value = "auto")]
     class: ClassArg,
 }

@@ -5,7 +5,7 @@
 use std::collections::BTreeMap;
 
 use crate::{
-    class::DiskClass,
+    class::{Chosen, DiskClass},
     id::{DiskId, DomainUuid, VmId},
     state::InnerFormat,
 };
@@ -43,6 +43,8 @@ pub struct DiskMetadata {
     pub format: InnerFormat,
     /// How it is presented.
     pub class: DiskClass,
+    /// How that came about, if it is known.
+    pub chosen: Option<Chosen>,
     /// What its class made us take out of its definition, to be put back with another class.
     pub aside: Aside,
     /// The key record, encoded.

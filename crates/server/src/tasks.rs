@@ -6,8 +6,9 @@
 
 use axum::http::StatusCode;
 use prost::Message as _;
+use sqlx::SqliteConnection;
 use vmseal_api::{
-    agent::v1::{CancelTask, Command, TaskEvent, command, to_agent},
+    agent::v1::{CancelTask, Command, GroupCapabilities, TaskEvent, command, to_agent},
     task::Task,
 };
 use vmseal_keys::random_bytes;
@@ -26,7 +27,7 @@ use crate::{
     refusal::{Refusal, causes, shown},
     server::Server,
     store::{
-        StoreError, key,
+        StoreError, host, key,
         key::{KeyRow, column},
         task,
         task::TaskRow,
@@ -36,6 +37,8 @@ use crate::{
 
 /// A host that has not begun by then need not begin any more.
 const DEADLINE_MS: i64 = 3_600_000;
+/// Most hosts that a command names.
+const MAX_NAMED: usize = 100;
 
 /// What is asked for.
 pub(crate) struct NewTask {
@@ -53,7 +56,7 @@ pub(crate) struct NewTask {
     pub(crate) vm_name: String,
     /// Whether a key is needed, and of which provider; `Some(None)` for the default one.
     pub(crate) key_of: Option<Option<String>>,
-    /// The command; provider and key are filled in here.
+    /// The command; provider and key, and what all hosts have, are filled in here.
     pub(crate) body: command::Body,
 }
 
@@ -81,6 +84,9 @@ pub(crate) async fn start(server: &Server, permit: &Permit, new: NewTask) -> Res
     if let Some(wanted) = &new.key_of {
         let (provider, kek) = allocate(server, &mut change, &new, wanted.as_deref(), &id).await?;
         fill_in(&mut body, provider, &kek);
+    }
+    if let Some(hosts) = hosts_of(&mut body) {
+        *hosts = Some(group(&mut change).await?);
     }
     let now_ms = change.now_ms();
     let deadline_ms = now_ms.saturating_add(DEADLINE_MS);
@@ -171,6 +177,28 @@ fn fill_in(body: &mut command::Body, provider: String, kek: &KekId) {
         | command::Body::AdoptVm(_)
         | command::Body::CancelTask(_) => {}
     }
+}
+
+/// Where a command that defines disks says what all hosts have.
+fn hosts_of(body: &mut command::Body) -> Option<&mut Option<GroupCapabilities>> {
+    match body {
+        command::Body::EncryptVm(c) => Some(&mut c.hosts),
+        command::Body::CreateDisk(c) => Some(&mut c.hosts),
+        command::Body::CreateVm(c) => Some(&mut c.hosts),
+        command::Body::SetDisk(c) => Some(&mut c.hosts),
+        command::Body::DecryptVm(_)
+        | command::Body::RepairVm(_)
+        | command::Body::AdoptVm(_)
+        | command::Body::CancelTask(_) => None,
+    }
+}
+
+/// What every host has that a VM may come to run on: all that joined, whether they can be reached now or not.
+async fn group(db: &mut SqliteConnection) -> Result<GroupCapabilities, StoreError> {
+    let hosts = host::list(db).await?;
+    let without = hosts.into_iter().filter(|host| !host.capabilities().ublk);
+    let without_ublk: Vec<String> = without.map(|host| host.name).take(MAX_NAMED).collect();
+    Ok(GroupCapabilities { ublk: without_ublk.is_empty(), without_ublk })
 }
 
 /// A command with the token of this start: an agent that has seen a later one refuses it.

@@ -18,7 +18,7 @@ fn backends(scratch: &Scratch) -> Backends {
 }
 
 fn plan() -> Plan {
-    Plan { domain: DOMAIN, name: "web01".into(), vm: VM, bound: true, disks: Vec::new() }
+    Plan { domain: DOMAIN, name: "web01".into(), vm: VM, bound: true, cpus: 1, disks: Vec::new() }
 }
 
 /// Answers one question on the VM's control socket with a status whose keeper is this test's child.

@@ -18,7 +18,7 @@ use crate::{
     config::AgentConfig,
     domain_xml::DomainXml,
     metadata::is_target,
-    ours::OnSocket,
+    ours::Ours,
     rbd::Location,
     store::{Store, StoredDisk},
     tasks::Refusal,
@@ -35,6 +35,8 @@ pub struct Plan {
     pub vm: VmId,
     /// Whether this host had bound the two before.
     pub bound: bool,
+    /// CPUs its guest may have.
+    pub cpus: u32,
     /// Its encrypted disks, at least one.
     pub disks: Vec<PlannedDisk>,
 }
@@ -72,7 +74,7 @@ pub struct PlannedDisk {
 pub fn plan(xml: &DomainXml, config: &AgentConfig, store: &Store) -> Result<Option<Plan>, Refusal> {
     let name = xml.name().unwrap_or_default().to_owned();
     let views = xml.disks();
-    let ours: Vec<_> = views.iter().filter_map(|view| Some((view, OnSocket::of(config, view)?))).collect();
+    let ours: Vec<_> = views.iter().filter_map(|view| Some((view, Ours::of(config, view)?))).collect();
     let Some(domain) = xml.uuid().filter(|_| !ours.is_empty()) else { return Ok(None) };
     let wrong = |what: String| Refusal::new(Code::Integrity, format!("VM '{name}': {what}"));
     // Damaged metadata does not lock a VM out: the store and the headers may have everything.
@@ -130,7 +132,7 @@ pub fn plan(xml: &DomainXml, config: &AgentConfig, store: &Store) -> Result<Opti
         (_, Some(other)) if other != domain => {
             Err(copied(&name, &format!("this host knows VM {vm} as domain {other}")))
         }
-        (bound, _) => Ok(Some(Plan { domain, name, vm, bound: bound.is_some(), disks })),
+        (bound, _) => Ok(Some(Plan { domain, name, vm, bound: bound.is_some(), cpus: xml.cpus(), disks })),
     }
 }
 
@@ -230,6 +232,7 @@ mod tests {
                 header: None,
                 format: InnerFormat::Raw,
                 class: DiskClass::Compatible,
+                chosen: None,
                 aside: Default::default(),
                 record: vec![1],
             };

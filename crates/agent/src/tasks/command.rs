@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 use vmseal_api::agent::v1;
 use vmseal_model::{
-    class::ClassChoice,
+    class::{ClassChoice, GroupCapabilities},
     id::{DomainUuid, KekId, ProviderId, TaskId},
     refusal::Code,
     state::InnerFormat,
@@ -38,6 +38,9 @@ pub enum Work {
         /// How they are presented.
         #[serde(default)]
         class: ClassChoice,
+        /// What all hosts have.
+        #[serde(default)]
+        hosts: GroupCapabilities,
         /// What becomes of the clear images.
         source: SourceFate,
     },
@@ -67,6 +70,9 @@ pub enum Work {
         /// How it is presented.
         #[serde(default)]
         class: ClassChoice,
+        /// What all hosts have.
+        #[serde(default)]
+        hosts: GroupCapabilities,
     },
     /// `disk set`.
     SetDisk {
@@ -76,6 +82,9 @@ pub enum Work {
         target: String,
         /// How it is to be presented.
         class: ClassChoice,
+        /// What all hosts have.
+        #[serde(default)]
+        hosts: GroupCapabilities,
     },
     /// `vm create`.
     CreateVm {
@@ -86,6 +95,9 @@ pub enum Work {
         /// How its disks are presented.
         #[serde(default)]
         class: ClassChoice,
+        /// What all hosts have.
+        #[serde(default)]
+        hosts: GroupCapabilities,
         /// Bytes of disks whose image is not there yet, by target.
         sizes: BTreeMap<String, u64>,
     },
@@ -160,6 +172,7 @@ fn encrypt(c: &v1::EncryptVm) -> Result<Work, Refusal> {
         targets: c.targets.clone(),
         key: key(&c.provider, &c.kek_id)?,
         class: class(&c.class)?,
+        hosts: hosts(c.hosts.as_ref()),
         source: fate(&c.source)?,
     })
 }
@@ -181,6 +194,7 @@ fn create_disk(c: &v1::CreateDisk) -> Result<Work, Refusal> {
         bytes: c.bytes,
         key: key(&c.provider, &c.kek_id)?,
         class: class(&c.class)?,
+        hosts: hosts(c.hosts.as_ref()),
     })
 }
 
@@ -189,13 +203,14 @@ fn set_disk(c: &v1::SetDisk) -> Result<Work, Refusal> {
         domain: parse(&c.domain_uuid, "domain_uuid")?,
         target: c.target.clone(),
         class: class(&c.class)?,
+        hosts: hosts(c.hosts.as_ref()),
     })
 }
 
 fn create_vm(c: &v1::CreateVm) -> Result<Work, Refusal> {
     let sizes = c.disk_bytes.iter().map(|(target, bytes)| (target.clone(), *bytes)).collect();
-    let key = key(&c.provider, &c.kek_id)?;
-    Ok(Work::CreateVm { xml: c.xml.clone(), key, class: class(&c.class)?, sizes })
+    let (key, hosts) = (key(&c.provider, &c.kek_id)?, hosts(c.hosts.as_ref()));
+    Ok(Work::CreateVm { xml: c.xml.clone(), key, class: class(&c.class)?, hosts, sizes })
 }
 
 fn key(provider: &str, kek: &[u8]) -> Result<KeyChoice, Refusal> {
@@ -214,6 +229,14 @@ fn fate(word: &str) -> Result<SourceFate, Refusal> {
 /// A class this version does not know is refused, not replaced by one it knows.
 fn class(word: &str) -> Result<ClassChoice, Refusal> {
     ClassChoice::from_word(word).ok_or_else(|| wrong("class", word))
+}
+
+/// A server that does not say what the others have leaves it at what every host has.
+fn hosts(said: Option<&v1::GroupCapabilities>) -> GroupCapabilities {
+    said.map_or_else(GroupCapabilities::default, |said| GroupCapabilities {
+        ublk: said.ublk,
+        without_ublk: said.without_ublk.clone(),
+    })
 }
 
 fn parse<T: std::str::FromStr>(text: &str, field: &str) -> Result<T, Refusal> {
@@ -254,6 +277,7 @@ mod tests {
             kek_id: KekId::native(3, KeyUuid::from_bytes([4; 16])).as_bytes().to_vec(),
             source: "wipe".into(),
             class: "fast".into(),
+            hosts: Some(v1::GroupCapabilities { ublk: false, without_ublk: vec!["hv2".into()] }),
         }
     }
 
@@ -271,14 +295,16 @@ mod tests {
 
     #[test]
     fn command_of_a_version_without_classes_leaves_the_choice_to_the_host() {
-        let body = v1::EncryptVm { class: String::new(), ..encrypt_vm() };
+        let body = v1::EncryptVm { class: String::new(), hosts: None, ..encrypt_vm() };
         let command = TaskCommand::from_protocol(&command(v1::command::Body::EncryptVm(body)));
         let command = command.unwrap().unwrap();
-        let Work::EncryptVm { class, .. } = &command.work else { panic!("{command:?}") };
-        assert_eq!(*class, ClassChoice::Auto);
+        let Work::EncryptVm { class, hosts, .. } = &command.work else { panic!("{command:?}") };
+        assert_eq!((*class, hosts), (ClassChoice::Auto, &GroupCapabilities::default()));
         // The same in a journal.
         let mut json = serde_json::to_value(&command).unwrap();
-        json["work"].as_object_mut().unwrap().remove("class").expect("it is written down");
+        for field in ["class", "hosts"] {
+            json["work"].as_object_mut().unwrap().remove(field).expect("it is written down");
+        }
         assert_eq!(serde_json::from_value::<TaskCommand>(json).unwrap(), command);
     }
 

@@ -12,7 +12,12 @@ use std::{
 };
 
 use serde::{Serialize, de::DeserializeOwned};
-use vmseal_model::{class::HostCapabilities, id::HostId, refusal::Code, task::TaskState};
+use vmseal_model::{
+    class::{ClassChoice, GroupCapabilities, HostCapabilities, Resolved, resolve},
+    id::HostId,
+    refusal::Code,
+    task::TaskState,
+};
 
 use crate::{
     config::AgentConfig,
@@ -44,6 +49,8 @@ pub(crate) struct World {
     pub(crate) store: Arc<Store>,
     pub(crate) sink: Arc<dyn TaskSink>,
     pub(crate) host: Mutex<Option<HostId>>,
+    /// What disks can be presented by here.
+    pub(crate) capabilities: Box<dyn Fn() -> HostCapabilities + Send + Sync>,
     /// At most between two tries of what cannot be had now.
     pub(crate) patience: Duration,
     pub(crate) crash_at: Option<CrashAt>,
@@ -61,9 +68,9 @@ impl World {
         Ok(JobProgram { path, user })
     }
 
-    /// What disks can be presented by here.
-    pub(crate) fn capabilities(&self) -> HostCapabilities {
-        HostCapabilities::default()
+    /// The class of a disk that is being defined.
+    pub(crate) fn resolve(&self, asked: ClassChoice, hosts: &GroupCapabilities) -> Resolved {
+        resolve(asked, &(self.capabilities)(), hosts)
     }
 
     /// This host, once it has joined.

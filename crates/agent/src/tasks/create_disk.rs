@@ -2,7 +2,7 @@
 
 use vmseal_keys::random_bytes;
 use vmseal_model::{
-    class::DiskClass,
+    class::{DiskClass, Resolved},
     id::{DiskId, DomainUuid},
     refusal::Code,
     state::InnerFormat,
@@ -34,7 +34,7 @@ pub(crate) struct Wanted<'a> {
     pub(crate) path: &'a str,
     pub(crate) format: InnerFormat,
     pub(crate) bytes: u64,
-    pub(crate) class: DiskClass,
+    pub(crate) class: &'a Resolved,
 }
 
 /// Looks at everything, changes nothing.
@@ -53,7 +53,7 @@ pub(crate) fn plan(
         return Err(Refusal::new(Code::Exists, text));
     }
     check_new_bus(&idle.xml, wanted)?;
-    check_class(&idle.xml, wanted.target, wanted.format, wanted.class)?;
+    check_class(&idle.xml, wanted.target, wanted.format, wanted.class.class)?;
     let disks = vec![new_disk(ctx, wanted)?];
     check_new_disks(&disks)?;
     Ok(EncryptPlan { vm, domain, name: name.clone(), key: key.clone(), disks, definition: Target::Add })
@@ -62,7 +62,7 @@ pub(crate) fn plan(
 /// The bus of a disk that is added follows from its name.
 fn check_new_bus(xml: &DomainXml, wanted: &Wanted<'_>) -> Result<(), Refusal> {
     let bus = xml.bus_for(wanted.target);
-    if wanted.class != DiskClass::Fast || bus == "virtio" {
+    if wanted.class.class != DiskClass::Fast || bus == "virtio" {
         return Ok(());
     }
     let text = format!(
@@ -99,7 +99,8 @@ pub(crate) fn new_disk(ctx: &Context, wanted: &Wanted<'_>) -> Result<NewDisk, Re
         origin,
         volume: wanted.path.to_owned(),
         format: wanted.format,
-        class: wanted.class,
+        class: wanted.class.class,
+        chosen: Some(wanted.class.chosen.clone()),
         image_bytes: stored,
         stored_bytes: stored,
         presented_bytes: presented,

@@ -7,7 +7,7 @@ use std::collections::BTreeMap;
 
 use vmseal_keys::random_bytes;
 use vmseal_model::{
-    class::{ClassChoice, DiskClass, resolve},
+    class::Resolved,
     id::{DomainUuid, VmId},
     refusal::Code,
     task::SourceFate,
@@ -44,7 +44,7 @@ pub(crate) fn plan(
     ctx: &Context,
     xml: &str,
     key: &KeyChoice,
-    class: ClassChoice,
+    class: &Resolved,
     sizes: &BTreeMap<String, u64>,
 ) -> Result<EncryptPlan, Refusal> {
     let xml = DomainXml::parse(xml)?;
@@ -65,7 +65,6 @@ pub(crate) fn plan(
         )));
     }
     let uses = refuse::uses(&ctx.world)?;
-    let class = resolve(class, ctx.world.capabilities());
     let planned = disks.iter().map(|d| {
         disk(ctx, &uses, (&xml, d), (domain, class), sizes).map_err(|refusal| refusal.about(&d.target))
     });
@@ -105,7 +104,7 @@ fn disk(
     ctx: &Context,
     uses: &Uses,
     (xml, disk): (&DomainXml, &DiskView),
-    (domain, class): (DomainUuid, DiskClass),
+    (domain, class): (DomainUuid, &Resolved),
     sizes: &BTreeMap<String, u64>,
 ) -> Result<NewDisk, Refusal> {
     let (path, format) = clear_image(disk)?;
@@ -117,7 +116,7 @@ fn disk(
                 .hint("leave the size out to encrypt the image, or name another path"))
         }
         (false, Some(bytes)) => {
-            check_class(xml, &disk.target, format, class)?;
+            check_class(xml, &disk.target, format, class.class)?;
             let volume = place::encrypted_name(&path);
             let wanted = Wanted { target: &disk.target, path: &volume, format, bytes: *bytes, class };
             new_disk(ctx, &wanted)

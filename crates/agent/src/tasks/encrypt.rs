@@ -4,7 +4,7 @@ use std::collections::HashSet;
 
 use vmseal_keys::random_bytes;
 use vmseal_model::{
-    class::{ClassChoice, DiskClass, resolve},
+    class::Resolved,
     id::{DiskId, DomainUuid},
     refusal::Code,
     state::InnerFormat,
@@ -38,7 +38,7 @@ pub(crate) fn plan(
     domain: DomainUuid,
     targets: &[String],
     key: &KeyChoice,
-    class: ClassChoice,
+    class: &Resolved,
     fate: SourceFate,
 ) -> Result<EncryptPlan, Refusal> {
     let idle = idle_domain(&ctx.world, domain)?;
@@ -67,7 +67,6 @@ pub(crate) fn plan(
         return Err(nothing(format!("{name} has no disk that is clear")));
     }
     let uses = refuse::uses(&ctx.world)?;
-    let class = resolve(class, ctx.world.capabilities());
     let mut disks = Vec::new();
     for disk in &chosen {
         let planned = existing(ctx, &uses, (&idle.xml, disk), domain, class, fate).map_err(|refusal| {
@@ -93,19 +92,19 @@ pub(crate) fn existing(
     uses: &Uses,
     (xml, disk): (&DomainXml, &DiskView),
     domain: DomainUuid,
-    class: DiskClass,
+    class: &Resolved,
     fate: SourceFate,
 ) -> Result<NewDisk, Refusal> {
     if !is_target(&disk.target) {
         let text = format!("'{}' is no target name this version serves", disk.target.escape_debug());
         return Err(Refusal::new(Code::UnsupportedDisk, text));
     }
-    if ours::OnSocket::of(&ctx.world.config, disk).is_some() {
+    if ours::Ours::of(&ctx.world.config, disk).is_some() {
         return Err(Refusal::new(Code::UnknownVm, "it is vmseal's already, and nothing is known here of it")
             .hint("put the vmseal element back into its domain's metadata"));
     }
     let (path, format) = clear_image(disk)?;
-    check_class(xml, &disk.target, format, class)?;
+    check_class(xml, &disk.target, format, class.class)?;
     if let Some(at) = place::location(&path)? {
         return existing_image(ctx, uses, disk, (domain, class), &at, fate);
     }
@@ -121,7 +120,8 @@ pub(crate) fn existing(
         disk: DiskId::from_random(random_bytes()?),
         volume,
         format,
-        class,
+        class: class.class,
+        chosen: Some(class.chosen.clone()),
         image_bytes: image.identity.bytes,
         stored_bytes: sizes.stored,
         presented_bytes: sizes.presented,

@@ -9,6 +9,7 @@ use vmseal_model::{
 };
 
 use crate::{
+    config::AgentConfig,
     domain_xml::{DiskSource, DiskView, DomainXml, EncryptedSource},
     store::StoredDisk,
     tasks::{
@@ -39,6 +40,7 @@ impl NewFiles for EncryptPlan {
         // A fast disk has no name: whatever is on a socket of that kind at that target may be the new one.
         let names = |seen: &DiskView, new: &NewDisk| match &seen.source {
             DiskSource::NbdUnix { export, .. } => *export == new.disk.to_string(),
+            DiskSource::Block(device) => *device == AgentConfig::ublk_device(new.disk),
             DiskSource::VhostUser { .. } => new.class == DiskClass::Fast && seen.target == new.target,
             _ => false,
         };
@@ -78,6 +80,7 @@ pub(crate) fn entry(stored: StoredDisk) -> DiskMetadata {
         header: stored.header,
         format: stored.format,
         class: stored.class,
+        chosen: None,
         aside: Aside::new(),
         record: stored.record,
     }
@@ -110,7 +113,7 @@ fn apply(
                 return Err(Refusal::new(Code::Conflict, text).hint("try again"));
             }
         };
-        disks.push(DiskMetadata { aside, ..entry.clone() });
+        disks.push(DiskMetadata { aside, chosen: disk.chosen.clone(), ..entry.clone() });
     }
     xml.set_disks(plan.vm, plan.domain, disks)?;
     Ok(())
@@ -133,7 +136,7 @@ fn is_done(xml: &DomainXml, plan: &EncryptPlan, sockets: &[String], entries: &[D
         && entries.iter().all(|entry| metadata.disks.iter().any(|there| is_as(there, entry)))
 }
 
-/// Whether it says the same, whatever was set aside.
+/// Whether it says the same, whatever was set aside, and however its class came about.
 pub(crate) fn is_as(there: &DiskMetadata, wanted: &DiskMetadata) -> bool {
-    DiskMetadata { aside: wanted.aside.clone(), ..there.clone() } == *wanted
+    DiskMetadata { aside: wanted.aside.clone(), chosen: wanted.chosen.clone(), ..there.clone() } == *wanted
 }

@@ -188,6 +188,8 @@ impl Uses {
         // Without a type libvirt takes an image as raw: nothing below it is ever looked for.
         let raw = matches!(disk.format.as_deref(), None | Some("raw"));
         match disk.source {
+            // What it holds is in a volume of ours, which the store knows.
+            source if source.is_served() => {}
             DiskSource::Block(path) if !raw => {
                 self.unknown.insert(format!("{whose} (an image in the device {path})"));
                 self.add(whose, Some((domain.uuid, disk.target)), path.into());

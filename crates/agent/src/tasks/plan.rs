@@ -8,7 +8,7 @@ use std::{
 use serde::{Deserialize, Serialize};
 use vmseal_luks::HEADER_BYTES;
 use vmseal_model::{
-    class::DiskClass,
+    class::{Chosen, DiskClass},
     control::DiskSetup,
     id::{DiskId, DomainUuid, TaskId, VmId},
     state::InnerFormat,
@@ -101,6 +101,9 @@ pub(crate) struct NewDisk {
     pub(crate) volume: String,
     pub(crate) format: InnerFormat,
     pub(crate) class: DiskClass,
+    /// How that came about.
+    #[serde(default)]
+    pub(crate) chosen: Option<Chosen>,
     /// Bytes of the image, not rounded; what jobs are about.
     pub(crate) image_bytes: u64,
     pub(crate) stored_bytes: u64,

@@ -67,10 +67,7 @@ pub(crate) fn idle_domain(world: &World, domain: DomainUuid) -> Result<Idle, Ref
         let text = format!(
             "{name} has {snapshots} snapshots or checkpoints; a revert would bring its old disks back"
         );
-        let served = xml
-            .disks()
-            .iter()
-            .any(|disk| matches!(disk.source, DiskSource::NbdUnix { .. } | DiskSource::VhostUser { .. }));
+        let served = xml.disks().iter().any(|disk| disk.source.is_served());
         let first = if served {
             format!(
                 "virsh start {shell_name}: libvirt deletes snapshots of an encrypted disk only while the VM runs; "
@@ -155,7 +152,7 @@ pub(crate) fn check_class(
         Err(Refusal::new(Code::UnsupportedDisk, format!("{target} cannot be {}: {why}", class.as_str())))
     };
     match (class, format) {
-        (DiskClass::Compatible, _) => Ok(()),
+        (DiskClass::Compatible | DiskClass::Ublk, _) => Ok(()),
         (DiskClass::Fast, InnerFormat::Qcow2) => unsupported("qcow2 lies inside, which QEMU cannot read through it".to_owned())
             .map_err(|refusal| refusal.hint("leave it compatible; to have it raw: vmseal vm decrypt, qemu-img convert -O raw, vmseal vm encrypt --class fast")),
         (DiskClass::Fast, InnerFormat::Raw) => match xml.fast_obstacle(target) {

@@ -1,7 +1,7 @@
 //! One task from its command to its end: plan, steps, and what happens when they stop.
 
 use serde::{Serialize, de::DeserializeOwned};
-use vmseal_model::{class::resolve, refusal::Code, task::TaskState};
+use vmseal_model::{refusal::Code, task::TaskState};
 
 use crate::{
     journal::{Entry, Outcome},
@@ -36,19 +36,21 @@ pub(crate) fn run(mut ctx: Context) {
 
 fn attempt(ctx: &mut Context) -> Result<(), Halt> {
     match ctx.command.work.clone() {
-        Work::EncryptVm { domain, targets, key, class, source } => {
-            let plan = planned(ctx, |ctx| Ok(encrypt::plan(ctx, domain, &targets, &key, class, source)?));
+        Work::EncryptVm { domain, targets, key, class, hosts, source } => {
+            let class = ctx.world.resolve(class, &hosts);
+            let plan = planned(ctx, |ctx| Ok(encrypt::plan(ctx, domain, &targets, &key, &class, source)?));
             finish(ctx, plan, encrypt_steps::run, encrypt_steps::roll_back)
         }
-        Work::CreateDisk { domain, target, path, format, bytes, key, class } => {
-            let class = resolve(class, ctx.world.capabilities());
+        Work::CreateDisk { domain, target, path, format, bytes, key, class, hosts } => {
+            let class = &ctx.world.resolve(class, &hosts);
             let wanted = Wanted { target: &target, path: &path, format, bytes, class };
             let plan = planned(ctx, |ctx| Ok(create_disk::plan(ctx, domain, &wanted, &key)?));
             finish(ctx, plan, encrypt_steps::run, encrypt_steps::roll_back)
         }
-        Work::CreateVm { xml, key, class, sizes } => {
+        Work::CreateVm { xml, key, class, hosts, sizes } => {
+            let class = ctx.world.resolve(class, &hosts);
             let plan: Result<EncryptPlan, Halt> =
-                planned(ctx, |ctx| Ok(create_vm::plan(ctx, &xml, &key, class, &sizes)?));
+                planned(ctx, |ctx| Ok(create_vm::plan(ctx, &xml, &key, &class, &sizes)?));
             finish(ctx, plan, encrypt_steps::run, encrypt_steps::roll_back)
         }
         Work::DecryptVm { domain, targets, source } => {
@@ -56,7 +58,8 @@ fn attempt(ctx: &mut Context) -> Result<(), Halt> {
                 planned(ctx, |ctx| decrypt::plan(ctx, domain, &targets, source));
             finish(ctx, plan, decrypt_steps::run, decrypt_steps::roll_back)
         }
-        Work::SetDisk { domain, target, class } => {
+        Work::SetDisk { domain, target, class, hosts } => {
+            let class = ctx.world.resolve(class, &hosts);
             let plan: Result<ClassPlan, Halt> =
                 planned(ctx, |ctx| Ok(set_class::plan(ctx, domain, &target, class)?));
             finish(ctx, plan, set_class::run, set_class::roll_back)

@@ -7,7 +7,7 @@
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use vmseal_model::{
-    class::{ClassChoice, DiskClass, resolve},
+    class::{Chosen, DiskClass, Resolved},
     id::{DiskId, DomainUuid, VmId},
     metadata::DiskMetadata,
     refusal::Code,
@@ -16,7 +16,7 @@ use vmseal_model::{
 
 use crate::{
     domain_xml::{DomainXml, EncryptedSource},
-    ours::OnSocket,
+    ours::Ours,
     ports::Definition,
     store::StoredDisk,
     tasks::{
@@ -39,6 +39,8 @@ pub(crate) struct ClassPlan {
     format: InnerFormat,
     socket: String,
     class: DiskClass,
+    #[serde(default)]
+    chosen: Option<Chosen>,
     /// It is of that class already.
     already: bool,
 }
@@ -48,12 +50,11 @@ pub(crate) fn plan(
     ctx: &Context,
     domain: DomainUuid,
     target: &str,
-    class: ClassChoice,
+    Resolved { class, chosen }: Resolved,
 ) -> Result<ClassPlan, Refusal> {
     let world = &ctx.world;
     let info = world.hypervisor.domain(domain)?;
     let name = &info.name;
-    let class = resolve(class, world.capabilities());
     let xml = DomainXml::parse(&world.hypervisor.xml(domain, Definition::Persistent)?)?;
     check_targets(&xml, &[target.to_owned()], name)?;
     let Some((disk, now)) = ours(world, &xml, domain, target)? else {
@@ -82,7 +83,8 @@ pub(crate) fn plan(
     }
     let socket = world.config.disk_socket(domain, target).to_string_lossy().into_owned();
     let (name, target) = (name.clone(), target.to_owned());
-    Ok(ClassPlan { vm, domain, name, target, disk, format: entry.format, socket, class, already })
+    let (format, chosen) = (entry.format, Some(chosen));
+    Ok(ClassPlan { vm, domain, name, target, disk, format, socket, class, chosen, already })
 }
 
 /// The disk of ours behind a target, and its class; none if it is not on a socket of ours. As a start does, it believes
@@ -94,7 +96,7 @@ fn ours(
     target: &str,
 ) -> Result<Option<(DiskId, DiskClass)>, Refusal> {
     let Some(view) = xml.disk(target) else { return Ok(None) };
-    let Some(on) = OnSocket::of(&world.config, &view) else { return Ok(None) };
+    let Some(on) = Ours::of(&world.config, &view) else { return Ok(None) };
     let name = xml.name().unwrap_or_default();
     if !on.is_of(&world.config, domain) {
         let text = format!("disk {target} of {name} is on the socket of another disk or VM: a copy?");
@@ -123,7 +125,7 @@ fn metadata_of(world: &World, xml: &DomainXml, disk: DiskId) -> Result<DiskMetad
 pub(crate) fn run(ctx: &mut Context, plan: &ClassPlan) -> Result<String, Halt> {
     let (what, class) = (format!("disk {} of {}", plan.target, plan.name), plan.class.as_str());
     if plan.already {
-        return Ok(format!("{what} is {class} already"));
+        return Ok(format!("{what} is {class} already{}", because(plan)));
     }
     settle(ctx, plan, |ctx| switch(ctx, plan))?;
     ctx.step("", "switched", |ctx| switch(ctx, plan))?;
@@ -131,7 +133,13 @@ pub(crate) fn run(ctx: &mut Context, plan: &ClassPlan) -> Result<String, Halt> {
     // Before a start can verify the record and write it to the store, too.
     ctx.step("", "recorded", |ctx| record(ctx, plan))?;
     ctx.make_startable();
-    Ok(format!("{what} is {class} from its next start on"))
+    Ok(format!("{what} is {class} from its next start on{}", because(plan)))
+}
+
+/// Who left the choice to us is told how it came about.
+fn because(plan: &ClassPlan) -> String {
+    let left_to_us = plan.chosen.as_ref().filter(|chosen| chosen.asked.is_auto());
+    left_to_us.map_or(String::new(), |chosen| format!(": {}", chosen.why))
 }
 
 /// Nothing was done that could be undone.
@@ -189,7 +197,8 @@ fn apply(world: &World, xml: &mut DomainXml, plan: &ClassPlan) -> Result<(), Ref
         others.into_iter().filter(|d| d.target != plan.target && d.disk != plan.disk).collect();
     // It may have had another name in the guest when its metadata was written.
     entry.target.clone_from(&plan.target);
-    (entry.class, entry.aside) = (plan.class, xml.encrypt_disk(&plan.target, &plan.source())?);
+    (entry.class, entry.chosen) = (plan.class, plan.chosen.clone());
+    entry.aside = xml.encrypt_disk(&plan.target, &plan.source())?;
     disks.push(entry);
     xml.set_disks(plan.vm, plan.domain, disks)?;
     Ok(())

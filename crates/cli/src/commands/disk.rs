@@ -31,7 +31,8 @@ pub(super) enum DiskCommand {
     Show(ShowArgs),
     /// Change how QEMU is given a disk, while its VM is off
     #[command(
-        after_help = "fast is the quickest way, and libvirt takes no snapshot or backup of such a disk; compatible loses nothing.\n\
+        after_help = "fast is the quickest way, and libvirt takes no snapshot or backup of such a disk; compatible loses nothing,\n\
+                      and runs everywhere; auto is the fastest that loses nothing on all hosts.\n\
                       Example:\n  vmseal disk set --class fast web01 vda"
     )]
     Set(SetArgs),

@@ -11,7 +11,7 @@ use std::{
 
 use clap::{Args, Subcommand};
 use vmseal_api::{
-    host::{Host, JoinToken},
+    host::{Capabilities, Host, JoinToken},
     paths,
     secret_text::SecretText,
 };
@@ -137,6 +137,7 @@ fn render(h: &Host, now_ms: i64) -> String {
         ("agent", h.version.clone()),
         ("libvirt", h.libvirt_uri.clone()),
         ("keys in memory", h.secret_memory.clone()),
+        ("disks by", ways(&h.capabilities)),
         ("VMs", h.vms.to_string()),
         ("joined", when::utc(h.joined_ms)),
         ("certificate until", when::utc(h.certificate_expires_ms)),
@@ -146,6 +147,20 @@ fn render(h: &Host, now_ms: i64) -> String {
         text.push_str(&line);
     }
     text
+}
+
+/// The ways in which it can give a VM its disks.
+fn ways(has: &Capabilities) -> String {
+    let mut ways = vec!["NBD".to_owned()];
+    if has.vhost_user {
+        ways.push("vhost-user".to_owned());
+    }
+    match (has.ublk, has.no_ublk.as_str()) {
+        (true, _) => ways.push("ublk".to_owned()),
+        (false, "") => {}
+        (false, why) => ways.push(format!("not ublk: {why}")),
+    }
+    ways.join(", ")
 }
 
 #[cfg(test)]
@@ -164,6 +179,11 @@ mod tests {
             libvirt_uri: "qemu:///system".into(),
             secret_memory: "mlock".into(),
             vms: 3,
+            capabilities: Capabilities {
+                ublk: false,
+                no_ublk: "its kernel 6.1 has no module ublk_drv".into(),
+                vhost_user: true,
+            },
             warnings: vec![Finding {
                 code: "clear-swap".into(),
                 message: "swap is clear".into(),
@@ -181,6 +201,7 @@ state: connected, seen now
 agent: 0.1.0
 libvirt: qemu:///system
 keys in memory: mlock
+disks by: NBD, vhost-user, not ublk: its kernel 6.1 has no module ublk_drv
 VMs: 3
 joined: 2026-11-24 08:50:12 UTC
 certificate until: 2026-11-24 08:50:12 UTC
@@ -188,6 +209,12 @@ warning: swap is clear
   hint: encrypt it";
         assert_eq!(render(&host, 1_795_510_212_000), expected);
         assert!(table(&[host], 1_795_510_212_000).ends_with("hv1   connected  3    1         0.1.0  now"));
+    }
+
+    #[test]
+    fn host_says_by_what_it_gives_disks() {
+        let has = |ublk, vhost_user| ways(&Capabilities { ublk, vhost_user, no_ublk: String::new() });
+        assert_eq!((&*has(true, true), &*has(false, false)), ("NBD, vhost-user, ublk", "NBD"));
     }
 
     #[test]

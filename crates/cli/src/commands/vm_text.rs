@@ -4,7 +4,10 @@ use vmseal_api::{
     disk::Disk,
     vm::{Locked, Vm},
 };
-use vmseal_model::{class::DiskClass, state::VmState};
+use vmseal_model::{
+    class::{ClassChoice, DiskClass},
+    state::VmState,
+};
 
 use crate::{output, size::Size, text::printable, when};
 
@@ -112,14 +115,19 @@ pub(super) fn disk(vm: &Vm, disk: &Disk) -> String {
         ("keys", keys(disk)),
         ("epoch", disk.epoch.map_or(String::new(), |epoch| epoch.to_string())),
         ("class", class.map_or(disk.class.clone(), |c| format!("{}: {}", c.as_str(), c.is()))),
+        ("asked for", disk.asked.clone()),
+        ("because", disk.why.clone()),
         ("can", of_class(DiskClass::can)),
         ("cannot", of_class(DiskClass::cannot)),
         ("needs", of_class(DiskClass::needs)),
     ]);
     match class {
         Some(class) => {
-            let other = DiskClass::ALL.into_iter().find(|other| *other != class).unwrap_or(class);
             let (name, target) = (printable(&vm.name), printable(&disk.target));
+            let other = match class {
+                DiskClass::Compatible => ClassChoice::Fast,
+                DiskClass::Ublk | DiskClass::Fast => ClassChoice::Compatible,
+            };
             format!(
                 "{page}\n\nchange it while the VM is off: vmseal disk set --class {} {name} {target}",
                 other.as_str()
@@ -178,6 +186,8 @@ mod tests {
             stored_bytes: 10 << 30,
             presented_bytes: 0,
             class: if encrypted { "compatible".into() } else { String::new() },
+            asked: if encrypted { "auto".into() } else { String::new() },
+            why: if encrypted { "host hv2 has no ublk".into() } else { String::new() },
             header: None,
             keys: if encrypted {
                 vec![DiskKey { provider: "main".into(), key: "6f3c/g1".into() }]
@@ -254,9 +264,29 @@ not yet protected: NVRAM";
         let vm = vm();
         let page = disk(&vm, &vm.disks[0]);
         assert!(page.contains("can: snapshots, checkpoints, backup") && !page.contains("cannot"), "{page}");
+        assert!(page.contains("\nasked for: auto\nbecause: host hv2 has no ublk\n"), "{page}");
         assert!(page.ends_with("vmseal disk set --class fast web01 vda"), "{page}");
         let page = disk(&vm, &vm.disks[1]);
         assert!(!page.contains("class") && !page.contains("change it"), "{page}");
+        assert!(!page.contains("asked for") && !page.contains("because"), "{page}");
+    }
+
+    #[test]
+    fn block_device_can_do_everything_where_there_is_ublk() {
+        let mut vm = vm();
+        vm.disks[0].class = "ublk".into();
+        vm.disks[0].why = "every host has ublk".into();
+        let page = disk(&vm, &vm.disks[0]);
+        for part in [
+            "class: ublk: a block device",
+            "asked for: auto\nbecause: every host has ublk\n",
+            "can: snapshots, checkpoints, backup",
+            "needs: the kernel's ublk driver",
+            "change it while the VM is off: vmseal disk set --class compatible web01 vda",
+        ] {
+            assert!(page.contains(part), "{part}\n{page}");
+        }
+        assert!(!page.contains("cannot"), "{page}");
     }
 
     #[test]

@@ -6,8 +6,9 @@
 use std::collections::HashSet;
 
 use vmseal_api::{
-    agent::v1::{Disk as SeenDisk, Inventory, Vm as SeenVm},
+    agent::v1::{self, Disk as SeenDisk, Inventory, Vm as SeenVm},
     disk::Disk,
+    host::Capabilities,
 };
 use vmseal_model::{
     id::{DiskId, DomainUuid, VmId},
@@ -52,8 +53,20 @@ pub(super) async fn apply(server: &Server, host: &Host, all: Inventory) -> Resul
         }
     }
     let now_ms = write.now_ms;
-    host::seen(&mut write, &host_id, &findings(&all.warnings), now_ms).await?;
+    let said = (&*findings(&all.warnings), &*capabilities(all.capabilities.as_ref()));
+    host::seen(&mut write, &host_id, said, now_ms).await?;
     write.commit().await
+}
+
+/// What a host can present disks by, as it is kept: JSON.
+fn capabilities(said: Option<&v1::HostCapabilities>) -> String {
+    let short = |text: &str| text.chars().take(1000).collect::<String>();
+    let kept = said.map_or_else(Capabilities::default, |said| Capabilities {
+        ublk: said.ublk,
+        no_ublk: short(&said.no_ublk),
+        vhost_user: said.vhost_user,
+    });
+    serde_json::to_string(&kept).unwrap_or_else(|_| "{}".into())
 }
 
 /// Domains of the host whose ids were already found not to belong together.
@@ -236,6 +249,8 @@ fn as_disk(reported: &SeenDisk) -> Disk {
         stored_bytes: reported.stored_bytes,
         presented_bytes: reported.presented_bytes,
         class: short(&reported.class),
+        asked: short(&reported.asked),
+        why: short(&reported.why),
         header: filled(&reported.header),
         keys: Vec::new(),
     }

@@ -72,6 +72,7 @@ fn to_api(server: &Server, row: HostRow) -> Host {
     let connected = server.sessions.is_connected(&row.id);
     let warnings: Vec<Finding> = serde_json::from_str(&row.warnings).unwrap_or_default();
     Host {
+        capabilities: row.capabilities(),
         state: if connected { HostState::Connected } else { HostState::Unreachable },
         version: row.version,
         libvirt_uri: row.libvirt_uri,

@@ -96,6 +96,7 @@ async fn begin_create(server: &Server, permit: &Permit, call: &Call) -> Result<A
         kek_id: Vec::new(),
         disk_bytes: asked.disk_bytes.into_iter().collect(),
         class: asked.class.as_str().to_owned(),
+        hosts: None,
     });
     let new = NewTask {
         kind: TaskKind::VmCreate,
@@ -132,6 +133,7 @@ async fn begin_encrypt(server: &Server, permit: &Permit, call: &Call, name: &str
             kek_id: Vec::new(),
             source: to_word(&asked.source),
             class: asked.class.as_str().to_owned(),
+            hosts: None,
         })
     };
     on_vm(server, permit, call, name, TaskKind::VmEncrypt, Some(asked.provider), body).await
@@ -205,6 +207,7 @@ async fn begin_disk(server: &Server, permit: &Permit, call: &Call, name: &str) -
             provider: String::new(),
             kek_id: Vec::new(),
             class: asked.class.as_str().to_owned(),
+            hosts: None,
         })
     };
     on_vm(server, permit, call, name, TaskKind::DiskCreate, Some(asked.provider), body).await
@@ -233,8 +236,9 @@ async fn begin_set_disk(
         return Err(Refusal::bad_request("name the disk's target"));
     }
     let class = asked.class.as_str().to_owned();
-    let body =
-        |domain_uuid| command::Body::SetDisk(agent::SetDisk { domain_uuid, target: asked.target, class });
+    let body = |domain_uuid| {
+        command::Body::SetDisk(agent::SetDisk { domain_uuid, target: asked.target, class, hosts: None })
+    };
     on_vm(server, permit, call, name, TaskKind::DiskSet, None, body).await
 }
 

@@ -17,6 +17,8 @@ struct DiskRow {
     stored_bytes: i64,
     presented_bytes: i64,
     class: String,
+    asked: String,
+    why: String,
     header: Option<String>,
 }
 
@@ -28,7 +30,7 @@ pub async fn of_vm(
 ) -> Result<Vec<Disk>, StoreError> {
     let rows: Vec<DiskRow> = sqlx::query_as(
         "SELECT target, source, format, encrypted, disk_id, epoch, epoch_unverified, stored_bytes, presented_bytes, \
-         class, header FROM disks WHERE host_id = $1 AND domain_uuid = $2 ORDER BY target",
+         class, asked, why, header FROM disks WHERE host_id = $1 AND domain_uuid = $2 ORDER BY target",
     )
     .bind(host_id)
     .bind(domain_uuid)
@@ -58,6 +60,8 @@ pub async fn of_vm(
         stored_bytes: from_db(row.stored_bytes),
         presented_bytes: from_db(row.presented_bytes),
         class: row.class,
+        asked: row.asked,
+        why: row.why,
         header: row.header,
     };
     Ok(rows.into_iter().map(disk).collect())
@@ -72,8 +76,8 @@ pub async fn insert(
 ) -> Result<(), StoreError> {
     sqlx::query(
         "INSERT INTO disks (host_id, domain_uuid, target, source, format, encrypted, disk_id, epoch, \
-         epoch_unverified, stored_bytes, presented_bytes, class, header) \
-         VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13)",
+         epoch_unverified, stored_bytes, presented_bytes, class, header, asked, why) \
+         VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15)",
     )
     .bind(host_id)
     .bind(domain_uuid)
@@ -88,6 +92,8 @@ pub async fn insert(
     .bind(super::to_db(disk.presented_bytes))
     .bind(&disk.class)
     .bind(&disk.header)
+    .bind(&disk.asked)
+    .bind(&disk.why)
     .execute(db)
     .await?;
     Ok(())

@@ -1,6 +1,7 @@
 //! Hosts that joined.
 
 use sqlx::{FromRow, SqliteConnection};
+use vmseal_api::host::Capabilities;
 
 use super::StoreError;
 
@@ -27,6 +28,15 @@ pub struct HostRow {
     pub warnings: String,
     /// VMs on it.
     pub vms: i64,
+    /// What it can present disks by, JSON.
+    pub capabilities: String,
+}
+
+impl HostRow {
+    /// What it can present disks by; of one that never said, nothing.
+    pub fn capabilities(&self) -> Capabilities {
+        serde_json::from_str(&self.capabilities).unwrap_or_default()
+    }
 }
 
 /// What is known of a host that joins.
@@ -56,7 +66,7 @@ pub struct Greeting<'a> {
 }
 
 const COLUMNS: &str = "SELECT h.id, h.name, h.certificate_expires_ms, h.joined_ms, h.seen_ms, h.version, h.libvirt_uri, \
-     h.secret_memory, h.warnings, (SELECT COUNT(*) FROM vms v WHERE v.host_id = h.id) AS vms FROM hosts h";
+     h.secret_memory, h.warnings, h.capabilities, (SELECT COUNT(*) FROM vms v WHERE v.host_id = h.id) AS vms FROM hosts h";
 
 /// All, by name.
 pub async fn list(db: &mut SqliteConnection) -> Result<Vec<HostRow>, StoreError> {
@@ -138,16 +148,17 @@ pub async fn any(db: &mut SqliteConnection) -> Result<bool, StoreError> {
     Ok(sqlx::query_scalar::<_, i64>("SELECT EXISTS (SELECT 1 FROM hosts)").fetch_one(db).await? != 0)
 }
 
-/// Notes that it was heard of, with its doctor's findings.
+/// Notes that it was heard of, with its doctor's findings and what it can present disks by, both JSON.
 pub async fn seen(
     db: &mut SqliteConnection,
     id: &str,
-    warnings: &str,
+    (warnings, capabilities): (&str, &str),
     now_ms: i64,
 ) -> Result<(), StoreError> {
-    sqlx::query("UPDATE hosts SET warnings = $2, seen_ms = $3 WHERE id = $1")
+    sqlx::query("UPDATE hosts SET warnings = $2, capabilities = $3, seen_ms = $4 WHERE id = $1")
         .bind(id)
         .bind(warnings)
+        .bind(capabilities)
         .bind(now_ms)
         .execute(db)
         .await?;

@@ -12,8 +12,8 @@ use vmseal_api::{
     agent::{
         KEY_GRANT_INFO, PROTOCOL,
         v1::{
-            Command, Disk, FloorReply, FloorRequest, FromAgent, Hello, Inventory, JoinReply, JoinRequest,
-            KeyGrant, KeyRefused, KeyRequest, TaskEvent, ToAgent, Vm, Warning,
+            Command, Disk, FloorReply, FloorRequest, FromAgent, Hello, HostCapabilities, Inventory,
+            JoinReply, JoinRequest, KeyGrant, KeyRefused, KeyRequest, TaskEvent, ToAgent, Vm, Warning,
             agent_gate_client::AgentGateClient, from_agent, to_agent,
         },
     },
@@ -164,8 +164,15 @@ impl Agent {
 
     /// Reports these VMs, and waits until the server has taken it in.
     pub(crate) async fn report(&mut self, vms: Vec<Vm>) {
-        self.say(from_agent::Body::Inventory(Inventory { vms, warnings: Vec::new() })).await;
+        self.say(from_agent::Body::Inventory(Inventory { vms, ..Inventory::default() })).await;
         // Messages are handled in order, so an answer to a later one says that this one is done.
+        self.floors(&[]).await;
+    }
+
+    /// The same of an agent that says what its host can present disks by.
+    pub(crate) async fn report_with(&mut self, vms: Vec<Vm>, capabilities: HostCapabilities) {
+        let all = Inventory { vms, capabilities: Some(capabilities), ..Inventory::default() };
+        self.say(from_agent::Body::Inventory(all)).await;
         self.floors(&[]).await;
     }
 

@@ -4,8 +4,9 @@ use http_body_util::BodyExt as _;
 use hyper::Method;
 use serde_json::json;
 use vmseal_api::{
-    agent::v1::{Command, KeyRequest, TaskEvent, command},
+    agent::v1::{Command, GroupCapabilities, HostCapabilities, KeyRequest, TaskEvent, command},
     audit::AuditEntry,
+    host::{Capabilities, Host},
     key::Key,
     page::Page,
     paths,
@@ -125,6 +126,48 @@ async fn class_reaches_the_host_as_it_was_asked_for() {
     let page: Page<AuditEntry> = scene.rig.root().get("/v1/audit?limit=1000").await.good();
     let entry = page.items.iter().find(|entry| entry.verb == "disk.set" && entry.outcome == "done").unwrap();
     assert_eq!(entry.detail, format!("task {}: disk vda, class fast", task.id));
+}
+
+#[tokio::test]
+async fn command_says_what_all_hosts_have_and_who_lacks_it() {
+    let has = |ublk: bool| {
+        let no_ublk = if ublk { String::new() } else { "no module".into() };
+        HostCapabilities { ublk, no_ublk, vhost_user: true }
+    };
+    let mut scene = Scene::set().await;
+    let asked = |command: &Command| match &command.body {
+        Some(command::Body::EncryptVm(encrypt)) => encrypt.hosts.clone().unwrap(),
+        other => panic!("{other:?}"),
+    };
+    let lacking = |names: &[&str]| GroupCapabilities {
+        ublk: names.is_empty(),
+        without_ublk: names.iter().map(|name| (*name).to_owned()).collect(),
+    };
+    // An agent that says nothing has nothing; so does a host that has not said anything yet.
+    let (_, command) = scene.encrypt().await;
+    assert_eq!(asked(&command), lacking(&["kvm1"]));
+    scene.host.task_is(event(&command.id, "failed", "")).await;
+    let other = agent::join(&scene.rig, "kvm2").await;
+    scene.host.report_with(vec![scene.guest.clear()], has(true)).await;
+    let (_, command) = scene.encrypt().await;
+    assert_eq!(asked(&command), lacking(&["kvm2"]));
+    scene.host.task_is(event(&command.id, "failed", "")).await;
+    let mut second = other.connect(&scene.rig).await;
+    second.report_with(Vec::new(), has(true)).await;
+    // Also while it is not connected.
+    drop(second);
+    let (_, command) = scene.encrypt().await;
+    assert_eq!(asked(&command), lacking(&[]));
+    scene.host.task_is(event(&command.id, "failed", "")).await;
+
+    scene.host.report_with(vec![scene.guest.clear()], has(false)).await;
+    let set = json!({"target": "vda", "class": "auto"});
+    scene.rig.root().post(&paths::fill(paths::VM_DISK_SET, "web01"), &set).await.good::<Task>();
+    let Some(command::Body::SetDisk(asked)) = scene.host.command().await.body else { panic!() };
+    assert_eq!(asked.hosts, Some(lacking(&["kvm1"])));
+    let shown: Host = scene.rig.root().get(&paths::fill(paths::HOST, "kvm1")).await.good();
+    let said = Capabilities { ublk: false, no_ublk: "no module".into(), vhost_user: true };
+    assert_eq!(shown.capabilities, said);
 }
 
 #[tokio::test]

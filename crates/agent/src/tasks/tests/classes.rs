@@ -1,7 +1,7 @@
 //! Classes of disks: encrypted and made as `fast`, changed while the VM is off, refused where they cannot be.
 
 use vmseal_model::{
-    class::{ClassChoice, DiskClass},
+    class::{ClassChoice, DiskClass, GroupCapabilities},
     id::{DomainUuid, TaskId},
     refusal::Code,
     state::{InnerFormat, VmState},
@@ -49,7 +49,7 @@ fn encrypted(class: ClassChoice) -> Lab {
 }
 
 fn set(class: ClassChoice) -> Work {
-    Work::SetDisk { domain: DOMAIN, target: "vda".into(), class }
+    Work::SetDisk { domain: DOMAIN, target: "vda".into(), class, hosts: hosts() }
 }
 
 /// What every place that names the class says: the definition, its metadata, the store, a start.
@@ -61,6 +61,10 @@ fn check_class(lab: &Lab, class: DiskClass) {
     let (source, backing) = match class {
         DiskClass::Compatible => (
             DiskSource::NbdUnix { socket, export: entry.disk.to_string() },
+            "<memoryBacking><locked/></memoryBacking>",
+        ),
+        DiskClass::Ublk => (
+            DiskSource::Block(format!("/dev/vmseal/{}", entry.disk)),
             "<memoryBacking><locked/></memoryBacking>",
         ),
         DiskClass::Fast => (
@@ -97,9 +101,111 @@ fn disk_is_encrypted_as_fast_and_decrypted_to_what_it_was() {
     assert_eq!(sorted(&lab.xml().to_xml()), sorted(&before.to_xml()));
 }
 
+/// The words in the metadata for how the class came about.
+fn chosen(lab: &Lab) -> (ClassChoice, String) {
+    let chosen = lab.xml().metadata().unwrap().unwrap().disks[0].chosen.clone().unwrap();
+    (chosen.asked, chosen.why)
+}
+
 #[test]
-fn auto_is_compatible() {
-    check_class(&encrypted(ClassChoice::Auto), DiskClass::Compatible);
+fn auto_is_compatible_where_there_is_no_ublk_and_says_why() {
+    let lab = encrypted(ClassChoice::Auto);
+    check_class(&lab, DiskClass::Compatible);
+    assert_eq!(chosen(&lab), (ClassChoice::Auto, "its host has no ublk".into()));
+    let lab = encrypted(ClassChoice::Fast);
+    assert_eq!(chosen(&lab), (ClassChoice::Fast, "it was asked for".into()));
+}
+
+#[test]
+fn auto_is_compatible_where_another_host_has_no_ublk() {
+    let mut lab = clear();
+    lab.ublk = true;
+    let Work::EncryptVm { domain, targets, key, class, source, .. } = encrypt_as(ClassChoice::Auto) else {
+        panic!()
+    };
+    let hosts = GroupCapabilities { ublk: false, without_ublk: vec!["hv2".into()] };
+    succeeded(&lab.run_as(OTHER, Work::EncryptVm { domain, targets, key, class, hosts, source }));
+    check_class(&lab, DiskClass::Compatible);
+    assert_eq!(chosen(&lab), (ClassChoice::Auto, "host hv2 has no ublk".into()));
+}
+
+#[test]
+fn disk_is_a_block_device_where_every_host_has_ublk_and_decrypted_to_what_it_was() {
+    let mut lab = clear();
+    lab.ublk = true;
+    let before = lab.xml();
+    succeeded(&lab.run_as(OTHER, encrypt_as(ClassChoice::Auto)));
+    check_class(&lab, DiskClass::Ublk);
+    assert_eq!(chosen(&lab), (ClassChoice::Auto, "every host has ublk".into()));
+    succeeded(&lab.run(decrypt(&[], SourceFate::Wipe)));
+    assert_eq!(sorted(&lab.xml().to_xml()), sorted(&before.to_xml()));
+}
+
+#[test]
+fn class_goes_cold_from_each_of_the_three_to_each_other() {
+    let mut lab = encrypted(ClassChoice::Compatible);
+    lab.ublk = true;
+    let compatible = lab.xml();
+    let volume = lab.files();
+    let way = [
+        (ClassChoice::Auto, DiskClass::Ublk),
+        (ClassChoice::Fast, DiskClass::Fast),
+        (ClassChoice::Auto, DiskClass::Ublk),
+        (ClassChoice::Compatible, DiskClass::Compatible),
+        (ClassChoice::Fast, DiskClass::Fast),
+        (ClassChoice::Compatible, DiskClass::Compatible),
+    ];
+    for (n, (asked, class)) in way.into_iter().enumerate() {
+        let report = lab.run_as(TaskId::from_bytes([80 + n as u8; 16]), set(asked));
+        let why = if asked.is_auto() { ": every host has ublk" } else { "" };
+        let told = format!("disk vda of web01 is {} from its next start on{why}", class.as_str());
+        assert_eq!(succeeded(&report), told);
+        check_class(&lab, class);
+        assert_eq!(chosen(&lab).0, asked);
+        if class == DiskClass::Compatible {
+            assert_eq!(settled(&lab.xml()), settled(&compatible));
+        }
+    }
+    assert_eq!(lab.files(), volume, "no volume is touched");
+}
+
+#[test]
+fn block_device_whose_host_lost_ublk_becomes_compatible_again() {
+    let mut lab = clear();
+    lab.ublk = true;
+    succeeded(&lab.run_as(OTHER, encrypt_as(ClassChoice::Auto)));
+    lab.ublk = false;
+    let report = lab.run_as(TaskId::from_bytes([90; 16]), set(ClassChoice::Auto));
+    assert!(succeeded(&report).ends_with("is compatible from its next start on: its host has no ublk"));
+    check_class(&lab, DiskClass::Compatible);
+}
+
+#[test]
+fn copy_of_a_vm_with_a_block_device_is_refused_until_it_is_adopted() {
+    const COPY: DomainUuid = DomainUuid::from_bytes([0xc0; 16]);
+    let mut lab = clear();
+    lab.ublk = true;
+    succeeded(&lab.run_as(OTHER, encrypt_as(ClassChoice::Auto)));
+    let xml = lab.libvirt.xml(DOMAIN, Definition::Persistent).unwrap();
+    let xml = xml.replace(&format!("<uuid>{DOMAIN}"), &format!("<uuid>{COPY}")).replace(">web01<", ">web02<");
+    // With its metadata, and without: the device's name says nothing of a domain, this host's store does.
+    let (from, to) = (xml.find("<metadata>").unwrap(), xml.find("</metadata>").unwrap());
+    let pasted = format!("{}{}", &xml[..from], &xml[to + "</metadata>".len()..]);
+    for copy in [&xml, &pasted] {
+        let copy = DomainXml::parse(copy).unwrap();
+        assert_eq!(plan(&copy, &config(), &lab.store()).unwrap_err().code, Code::UnknownVm);
+    }
+    lab.libvirt.put_xml(COPY, "web02", &xml);
+    let store = lab.store();
+    adopt(&*lab.libvirt, &config(), &store, COPY).unwrap_err();
+    lab.libvirt.undefine(DOMAIN);
+    adopt(&*lab.libvirt, &config(), &store, COPY).unwrap();
+    let copy = DomainXml::parse(&lab.libvirt.xml(COPY, Definition::Persistent).unwrap()).unwrap();
+    let planned = plan(&copy, &config(), &store).unwrap().unwrap();
+    assert_eq!((planned.domain, planned.disks[0].class), (COPY, DiskClass::Ublk));
+    let kept = copy.metadata().unwrap().unwrap().disks.remove(0);
+    assert_eq!(kept.aside.get("driver.cache").map(String::as_str), Some("writeback"));
+    assert_eq!(kept.chosen.unwrap().why, "every host has ublk");
 }
 
 #[test]
@@ -116,10 +222,18 @@ fn class_changes_back_and_forth_and_nothing_of_the_owners_is_lost() {
         check_class(&lab, DiskClass::Fast);
         succeeded(&lab.run_as(TaskId::from_bytes([30 + n; 16]), set(ClassChoice::Auto)));
         check_class(&lab, DiskClass::Compatible);
-        let element = |xml: &DomainXml| sorted(&xml.to_xml());
-        assert_eq!(element(&lab.xml()), element(&compatible));
+        assert_eq!(settled(&lab.xml()), settled(&compatible));
     }
     assert_eq!(lab.files(), volume, "no volume is touched");
+}
+
+/// All of a definition but how its disk's class came about.
+fn settled(xml: &DomainXml) -> Vec<String> {
+    let mut xml = xml.clone();
+    let mut metadata = xml.metadata().unwrap().unwrap();
+    metadata.disks.iter_mut().for_each(|disk| disk.chosen = None);
+    xml.set_metadata(&metadata);
+    sorted(&xml.to_xml())
 }
 
 /// Tags and their attributes, in no order.
@@ -197,6 +311,7 @@ fn empty_disk_is_made_fast() {
         bytes: 100_000,
         key: key(),
         class,
+        hosts: hosts(),
     };
     let (work, sata) = (
         create("vdb", InnerFormat::Raw, ClassChoice::Fast),
@@ -229,7 +344,7 @@ fn vm_is_made_with_fast_disks() {
         path.display()
     );
     let sizes = [("vda".to_owned(), 100_000)].into();
-    succeeded(&lab.run(Work::CreateVm { xml, key: key(), class: ClassChoice::Fast, sizes }));
+    succeeded(&lab.run(Work::CreateVm { xml, key: key(), class: ClassChoice::Fast, hosts: hosts(), sizes }));
     assert_eq!(start(&lab).disks[0].class, DiskClass::Fast);
     let text = lab.xml().to_xml();
     assert!(text.contains("<driver name='qemu' type='raw' queues='2'/>"), "{text}");
@@ -299,7 +414,8 @@ fn clear_disk_has_no_class_and_a_missing_one_none_either() {
     let report = lab.run(set(ClassChoice::Fast));
     assert_eq!(report.code, Some(Code::UnsupportedDisk), "{report:?}");
     assert!(report.hint.contains("vmseal vm encrypt web01 --disk vda --class fast"), "{report:?}");
-    let work = Work::SetDisk { domain: DOMAIN, target: "vdz".into(), class: ClassChoice::Fast };
+    let work =
+        Work::SetDisk { domain: DOMAIN, target: "vdz".into(), class: ClassChoice::Fast, hosts: hosts() };
     let report = lab.run_as(OTHER, work);
     assert_eq!(report.code, Some(Code::NotFound));
     assert!(report.message.contains("it has: vda"), "{report:?}");
@@ -311,7 +427,8 @@ fn disk_that_has_another_name_by_now_is_changed_and_starts() {
     lab.libvirt.change(DOMAIN, |_, xml| {
         *xml = xml.replace("dev='vda'", "dev='vdb'").replace("/vda.sock", "/vdb.sock");
     });
-    let work = Work::SetDisk { domain: DOMAIN, target: "vdb".into(), class: ClassChoice::Fast };
+    let work =
+        Work::SetDisk { domain: DOMAIN, target: "vdb".into(), class: ClassChoice::Fast, hosts: hosts() };
     succeeded(&lab.run(work));
     let metadata = lab.xml().metadata().unwrap().unwrap();
     assert_eq!((metadata.disks.len(), metadata.disks[0].target.as_str()), (1, "vdb"));
@@ -330,7 +447,8 @@ fn disk_of_another_vm_and_one_nobody_knows_are_left_alone() {
     let (from, to) = (stolen.find("<metadata>").unwrap(), stolen.find("</metadata>").unwrap());
     let pasted = format!("{}{}", &stolen[..from], &stolen[to + "</metadata>".len()..]);
     let own_socket = pasted.replace(&format!("libvirt-{DOMAIN}"), &format!("libvirt-{THIEF}"));
-    let set = || Work::SetDisk { domain: THIEF, target: "vda".into(), class: ClassChoice::Fast };
+    let set =
+        || Work::SetDisk { domain: THIEF, target: "vda".into(), class: ClassChoice::Fast, hosts: hosts() };
     for (n, (xml, word)) in
         [(pasted, "socket of another"), (own_socket, "belongs to VM")].into_iter().enumerate()
     {

@@ -150,6 +150,7 @@ fn creating_goes_on_after_a_crash_at_every_place() {
             bytes: 1 << 30,
             key: key(),
             class: ClassChoice::Auto,
+            hosts: hosts(),
         };
         (lab, work)
     };
@@ -179,6 +180,7 @@ fn new_vm_is_there_once_after_a_crash_at_every_place() {
                 xml,
                 key: key(),
                 class: ClassChoice::Auto,
+                hosts: hosts(),
                 sizes: BTreeMap::from([("vda".into(), 100_000)]),
             },
         )
@@ -522,6 +524,7 @@ fn other_vm_is_not_held_up() {
         targets: vec![],
         key,
         class: ClassChoice::Auto,
+        hosts: hosts(),
         source: SourceFate::Wipe,
     };
     runner.submit(TaskCommand { task: second, work });

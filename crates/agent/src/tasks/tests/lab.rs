@@ -15,7 +15,7 @@ use std::{
 
 use vmseal_keys::{Kek, SecretBytes};
 use vmseal_model::{
-    class::ClassChoice,
+    class::{ClassChoice, GroupCapabilities, HostCapabilities},
     id::{DomainUuid, KekId, KeyUuid, ProviderId, TaskId},
     refusal::Code,
     state::VmState,
@@ -52,6 +52,8 @@ pub(crate) struct Lab {
     pub(crate) program: Option<PathBuf>,
     /// The configuration of a Ceph cluster.
     pub(crate) ceph: Option<PathBuf>,
+    /// Whether it has ublk.
+    pub(crate) ublk: bool,
 }
 
 impl Lab {
@@ -66,12 +68,14 @@ impl Lab {
             runner: None,
             program: None,
             ceph: None,
+            ublk: false,
         }
     }
 
     /// Starts the agent's runner, with a crash where asked for.
     pub(crate) fn start(&mut self, crash_at: Option<CrashAt>) -> &Runner {
         self.runner = None;
+        let ublk = self.ublk;
         let config = self.config();
         self.runner = Some(Runner::with_world(World {
             store: Arc::new(Store::open(&config.state_dir).unwrap()),
@@ -80,6 +84,7 @@ impl Lab {
             keys: self.keys.clone(),
             sink: self.told.clone(),
             host: Mutex::new(Some(vmseal_model::id::HostId::from_bytes([0x40; 16]))),
+            capabilities: Box::new(move || HostCapabilities { ublk, ..HostCapabilities::default() }),
             patience: Duration::from_millis(5),
             crash_at,
         }));
@@ -181,13 +186,19 @@ fn provider() -> ProviderId {
     "main".parse().unwrap()
 }
 
+/// All other hosts have whatever this one has.
+pub(crate) fn hosts() -> GroupCapabilities {
+    GroupCapabilities { ublk: true, without_ublk: Vec::new() }
+}
+
 pub(crate) fn encrypt(targets: &[&str], source: SourceFate) -> Work {
     let targets = targets.iter().map(|t| (*t).to_owned()).collect();
-    Work::EncryptVm { domain: DOMAIN, targets, key: key(), class: ClassChoice::Auto, source }
+    Work::EncryptVm { domain: DOMAIN, targets, key: key(), class: ClassChoice::Auto, hosts: hosts(), source }
 }
 
 pub(crate) fn encrypt_as(class: ClassChoice) -> Work {
-    Work::EncryptVm { domain: DOMAIN, targets: Vec::new(), key: key(), class, source: SourceFate::Wipe }
+    let (targets, source) = (Vec::new(), SourceFate::Wipe);
+    Work::EncryptVm { domain: DOMAIN, targets, key: key(), class, hosts: hosts(), source }
 }
 
 pub(crate) fn decrypt(targets: &[&str], source: SourceFate) -> Work {

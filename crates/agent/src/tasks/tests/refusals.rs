@@ -327,6 +327,7 @@ fn metadata_of_another_domain_or_vm() {
         targets: vec![],
         key: key(),
         class: ClassChoice::Auto,
+        hosts: hosts(),
         source: SourceFate::Wipe,
     };
     let message = refused(lab, work, Code::UnknownVm, "vmseal vm adopt clone");
@@ -343,6 +344,7 @@ fn new_disk_that_makes_no_sense() {
         bytes,
         key: key(),
         class: ClassChoice::Auto,
+        hosts: hosts(),
     };
     let cases = [
         ("vda", "n", 1, Code::Exists),
@@ -367,6 +369,7 @@ fn new_vm_that_makes_no_sense() {
         xml: xml.into(),
         key: key(),
         class: ClassChoice::Auto,
+        hosts: hosts(),
         sizes: Default::default(),
     };
     for (xml, code) in [

@@ -145,6 +145,7 @@ fn new_disks_are_made_encrypted() {
             bytes,
             key: key(),
             class: ClassChoice::Auto,
+            hosts: hosts(),
         };
         let report = lab.run_as(TaskId::from_bytes([n; 16]), work);
         assert_eq!(report.state, TaskState::Succeeded, "{report:?}");
@@ -187,7 +188,7 @@ fn new_vm_has_no_clear_disk_when_it_is_defined() {
     );
     let create = |sizes: &[(&str, u64)]| {
         let sizes = sizes.iter().map(|(t, b)| ((*t).to_owned(), *b)).collect();
-        Work::CreateVm { xml: xml.clone(), key: key(), class: ClassChoice::Auto, sizes }
+        Work::CreateVm { xml: xml.clone(), key: key(), class: ClassChoice::Auto, hosts: hosts(), sizes }
     };
     let before = lab.files();
     let refused = lab.run_as(TaskId::from_bytes([1; 16]), create(&[]));
@@ -436,6 +437,7 @@ fn empty_image_is_made_where_only_the_agent_writes() {
             bytes,
             key: key(),
             class: ClassChoice::Auto,
+            hosts: hosts(),
         },
     });
     runner.wait();
