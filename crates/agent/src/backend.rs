@@ -6,6 +6,7 @@
 
 pub(crate) mod process;
 mod upgrade;
+mod warden;
 
 use std::{
     collections::HashMap,
@@ -32,6 +33,7 @@ use std::{
 use vmseal_keys::{Dek, SecretError, SecretShare};
 use vmseal_luks::OwnerBlock;
 use vmseal_model::{
+    class::DiskClass,
     control::{CONTROL_VERSION, ControlReply, ControlRequest, DiskStatus, KEY_SLOT_BYTES, Setup},
     id::DomainUuid,
     refusal::Code,
@@ -40,6 +42,7 @@ use vmseal_model::{
 use self::{
     process::Process,
     upgrade::{is_outdated, upgrade},
+    warden::Wardens,
 };
 use crate::{
     accounts,
@@ -48,7 +51,7 @@ use crate::{
     control_frame::{self, FrameError},
     lock::{Claim, claim, claim_header},
     rbd::{Location, Served, Tool},
-    socket_dir::{self, Owner, SocketDirError},
+    socket_dir::{self, DiskSocket, Owner, SocketDirError},
     spawn::{Lifetime, ServiceUser, SpawnError, spawn},
     start::plan::{Plan, PlannedDisk},
     tasks::Refusal,
@@ -138,6 +141,16 @@ pub enum BackendError {
         /// In its words.
         reason: String,
     },
+    /// A disk that is to be a block device of the host is none.
+    #[error("disk {target} gets no block device (ublk): {reason}")]
+    NoDevice {
+        /// The domain's name.
+        name: String,
+        /// The disk.
+        target: String,
+        /// Why, in one line.
+        reason: String,
+    },
     /// Nobody waits for it any longer.
     #[error("it took too long; nothing was started")]
     TooLate,
@@ -156,14 +169,21 @@ impl From<BackendError> for Refusal {
         };
         let hint = match &error {
             BackendError::InUse { .. } => {
-                "a QEMU is connected still: wait for it to end, or see which: ss -xp"
+                "a QEMU is connected still: wait for it to end, or see which: ss -xp".to_owned()
             }
+            BackendError::NoDevice { name, target, .. } => format!(
+                "vmseal doctor says what the host lacks; without ublk, from the next start on: vmseal disk set --class \
+                 compatible {name} {target}"
+            ),
             BackendError::Silent(_) | BackendError::OtherVm => {
                 "if no QEMU of this VM runs, end that process: ss -xlp names it by its control.sock"
+                    .to_owned()
             }
-            BackendError::TooLate => "start the VM again",
-            BackendError::Memory(_) => "raise LimitMEMLOCK of vmseal-agent, or end what uses up the memory",
-            _ => "vmseal doctor says what the host lacks",
+            BackendError::TooLate => "start the VM again".to_owned(),
+            BackendError::Memory(_) => {
+                "raise LimitMEMLOCK of vmseal-agent, or end what uses up the memory".to_owned()
+            }
+            _ => "vmseal doctor says what the host lacks".to_owned(),
         };
         Self::new(code, causes(&error)).hint(hint)
     }
@@ -174,6 +194,8 @@ pub struct Backends {
     config: Arc<AgentConfig>,
     slots: Mutex<HashMap<DomainUuid, Arc<Slot>>>,
     generations: AtomicU64,
+    /// Where the host's files are, `/` but for tests.
+    root: PathBuf,
     lost: mpsc::Sender<BackendLost>,
 }
 
@@ -181,6 +203,7 @@ pub struct Backends {
 #[derive(Default)]
 struct Slot {
     keeper: Mutex<Option<Keeper>>,
+    wardens: Mutex<Wardens>,
 }
 
 struct Keeper {
@@ -195,7 +218,8 @@ struct Keeper {
 impl Backends {
     /// No processes yet; `lost` hears of those that end by themselves.
     pub fn new(config: Arc<AgentConfig>, lost: mpsc::Sender<BackendLost>) -> Self {
-        Self { config, slots: Mutex::default(), generations: AtomicU64::new(0), lost }
+        let (slots, generations) = (Mutex::default(), AtomicU64::new(0));
+        Self { config, slots, generations, root: "/".into(), lost }
     }
 
     /// Starts the process for `plan` and waits until it is ready. What becomes of one that is there already, and until
@@ -225,7 +249,7 @@ impl Backends {
             *keeper = Some(self.watch(plan.clone(), process, None, images, &slot));
         }
         if keeper.is_some() && matches!(why, Why::Runs) {
-            return Ok(());
+            return Ok(self.have_devices(&plan, &slot)?);
         }
         if let Some(old) = keeper.take() {
             match self.end(&old, false) {
@@ -236,17 +260,24 @@ impl Backends {
                 }
             }
         }
+        if matches!(why, Why::Starts { .. }) {
+            // A guest that runs keeps its devices while its keeper is away.
+            self.end_devices(plan.domain, &slot, false)?;
+            self.check_devices(&plan)?;
+        }
         let volumes = open()?;
         match self.launch(&plan, &volumes) {
             Ok((process, child)) => {
                 let images = volumes.into_iter().filter_map(|(volume, _)| volume.remote.map(Served::keep));
-                let started = self.watch(plan, process, Some(child), images.collect(), &slot);
-                if let Err(late) = why.check() {
+                let started = self.watch(plan.clone(), process, Some(child), images.collect(), &slot);
+                let made = self.have_devices(&plan, &slot).and_then(|()| why.check());
+                if let (Err(error), Why::Starts { .. }) = (&made, why) {
+                    tracing::debug!(domain = %plan.domain, "ended what was begun: {}", causes(error));
                     self.end(&started, true)?;
-                    return Err(late.into());
+                } else {
+                    *keeper = Some(started);
                 }
-                *keeper = Some(started);
-                Ok(())
+                Ok(made?)
             }
             Err(error) => {
                 self.remove_sockets(plan.domain);
@@ -255,15 +286,17 @@ impl Backends {
         }
     }
 
-    /// Takes on a process that serves this plan already: true if there is one.
+    /// Takes on a process that serves this plan already, with the wardens of its block devices; one that is missing is
+    /// started again. True if there is such a process.
     ///
     /// # Errors
     ///
-    /// [`BackendError::Silent`] if one is there and does not answer, [`BackendError::OtherVm`].
+    /// [`BackendError::Silent`] if one is there and does not answer, [`BackendError::OtherVm`], [`BackendError::NoDevice`].
     pub fn adopt(&self, plan: &Plan) -> Result<bool, BackendError> {
         let slot = self.slot(plan.domain);
         let mut keeper = lock(&slot.keeper);
         if keeper.is_some() {
+            self.have_devices(plan, &slot)?;
             return Ok(true);
         }
         let Some((process, status)) = self.find(plan)? else { return Ok(false) };
@@ -272,6 +305,7 @@ impl Backends {
         }
         tracing::info!(domain = %plan.domain, keeper = process.pid(), "took on the disk process of VM '{}'", plan.name);
         *keeper = Some(self.watch(plan.clone(), process, None, self.images_of(plan), &slot));
+        self.have_devices(plan, &slot)?;
         self.replace_outdated(plan, &status);
         Ok(true)
     }
@@ -329,7 +363,12 @@ impl Backends {
                     *keeper = Some(old);
                 }
             }
-            None => self.end_unknown(domain),
+            None => {
+                if let Err(error) = self.end_devices(domain, &slot, true) {
+                    tracing::error!(%domain, "{}", causes(&error));
+                }
+                self.end_unknown(domain);
+            }
         }
     }
 
@@ -395,8 +434,16 @@ impl Backends {
         for (slot, (_, dek)) in keys.as_mut_slice().chunks_exact_mut(KEY_SLOT_BYTES).zip(volumes) {
             slot[..Dek::LEN].copy_from_slice(dek.payload());
         }
-        let targets: Vec<&str> = plan.disks.iter().map(|disk| disk.target.as_str()).collect();
-        let listeners = socket_dir::create(&self.config, plan.domain, &targets, owner)?;
+        let socket = |disk: &PlannedDisk| match disk.class {
+            DiskClass::Ublk => {
+                DiskSocket { path: self.config.ublk_socket(plan.domain, &disk.target), for_root: true }
+            }
+            DiskClass::Compatible | DiskClass::Fast => {
+                DiskSocket { path: self.config.disk_socket(plan.domain, &disk.target), for_root: false }
+            }
+        };
+        let sockets: Vec<DiskSocket> = plan.disks.iter().map(socket).collect();
+        let listeners = socket_dir::create(&self.config, plan.domain, &sockets, owner)?;
         let pid_files = socket_dir::open_dir(&self.config.libvirt_run_dir)?;
         let (log, log_path) = self.open_log(plan.domain)?;
 
@@ -461,9 +508,10 @@ impl Backends {
         }
     }
 
-    /// Ends a keeper; only with `force` while QEMU is connected.
+    /// Ends a keeper, after its wardens; only with `force` while QEMU is connected.
     fn end(&self, keeper: &Keeper, force: bool) -> Result<(), BackendError> {
         let domain = keeper.plan.domain;
+        self.end_devices(domain, &self.slot(domain), force)?;
         let ask = ControlRequest::Stop { force };
         let answer = control_frame::ask(&self.config.control_socket(domain), &ask, Instant::now() + ANSWER);
         match answer {

@@ -42,8 +42,17 @@ pub struct SocketDirError {
 pub struct Listeners {
     /// For the agent.
     pub control: UnixListener,
-    /// One a target, in the order asked.
+    /// One a disk, in the order asked.
     pub disks: Vec<UnixListener>,
+}
+
+/// A disk's socket.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct DiskSocket {
+    /// Where.
+    pub path: PathBuf,
+    /// Only root may connect, and not QEMU.
+    pub for_root: bool,
 }
 
 /// Makes the directory anew with its sockets; what lay in it is gone.
@@ -54,27 +63,25 @@ pub struct Listeners {
 pub fn create(
     config: &AgentConfig,
     domain: DomainUuid,
-    targets: &[&str],
+    disks: &[DiskSocket],
     owner: Option<Owner>,
 ) -> Result<Listeners, SocketDirError> {
     let dir = config.vm_dir(domain);
     let handle = take(&config.run_dir, &dir)?;
     empty(&dir)?;
-    let bind = |path: PathBuf| -> Result<UnixListener, SocketDirError> {
-        let error = |action| failed(action, &path);
-        let listener = UnixListener::bind(&path).map_err(error("listen on"))?;
-        fs::set_permissions(&path, fs::Permissions::from_mode(0o660)).map_err(error("open to QEMU"))?;
-        if let Some(owner) = owner {
-            std::os::unix::fs::lchown(&path, Some(owner.uid), Some(owner.gid)).map_err(error("hand over"))?;
+    let bind = |path: &Path, for_root: bool| -> Result<UnixListener, SocketDirError> {
+        let error = |action| failed(action, path);
+        let listener = UnixListener::bind(path).map_err(error("listen on"))?;
+        let mode = if for_root { 0o600 } else { 0o660 };
+        fs::set_permissions(path, fs::Permissions::from_mode(mode)).map_err(error("set permissions of"))?;
+        if let Some(owner) = owner.filter(|_| !for_root) {
+            std::os::unix::fs::lchown(path, Some(owner.uid), Some(owner.gid)).map_err(error("hand over"))?;
         }
         Ok(listener)
     };
     let listeners = Listeners {
-        control: bind(config.control_socket(domain))?,
-        disks: targets
-            .iter()
-            .map(|target| bind(config.disk_socket(domain, target)))
-            .collect::<Result<_, _>>()?,
+        control: bind(&config.control_socket(domain), false)?,
+        disks: disks.iter().map(|disk| bind(&disk.path, disk.for_root)).collect::<Result<_, _>>()?,
     };
     if let Some(owner) = owner {
         std::os::unix::fs::fchown(&handle, Some(owner.uid), Some(owner.gid))
@@ -166,6 +173,15 @@ mod tests {
 
     const DOMAIN: DomainUuid = DomainUuid::from_bytes([3; 16]);
 
+    /// A socket for each target, or for its warden if that ends with `!`.
+    fn sockets(config: &AgentConfig, targets: &[&str]) -> Vec<DiskSocket> {
+        let socket = |target: &&str| match target.strip_suffix('!') {
+            Some(target) => DiskSocket { path: config.ublk_socket(DOMAIN, target), for_root: true },
+            None => DiskSocket { path: config.disk_socket(DOMAIN, target), for_root: false },
+        };
+        targets.iter().map(socket).collect()
+    }
+
     fn config(scratch: &Scratch) -> AgentConfig {
         AgentConfig { run_dir: scratch.path().join("run"), ..AgentConfig::default() }
     }
@@ -174,13 +190,15 @@ mod tests {
     fn sockets_are_there_and_only_user_and_group_reach_them() {
         let scratch = Scratch::new();
         let config = config(&scratch);
-        let listeners = create(&config, DOMAIN, &["vda", "vdb"], None).unwrap();
-        assert_eq!(listeners.disks.len(), 2);
+        let targets = ["vda", "vdb", "vdc!"];
+        let listeners = create(&config, DOMAIN, &sockets(&config, &targets), None).unwrap();
+        assert_eq!(listeners.disks.len(), 3);
         UnixStream::connect(config.disk_socket(DOMAIN, "vdb")).unwrap();
         UnixStream::connect(config.control_socket(DOMAIN)).unwrap();
         let mode = |path: &Path| fs::metadata(path).unwrap().mode() & 0o777;
         assert_eq!(mode(&config.vm_dir(DOMAIN)), 0o750);
         assert_eq!(mode(&config.disk_socket(DOMAIN, "vda")), 0o660);
+        assert_eq!(mode(&config.ublk_socket(DOMAIN, "vdc")), 0o600, "root's warden alone");
         assert_eq!(list(&config.run_dir), [DOMAIN]);
     }
 
@@ -188,8 +206,8 @@ mod tests {
     fn second_make_replaces_what_the_first_left() {
         let scratch = Scratch::new();
         let config = config(&scratch);
-        drop(create(&config, DOMAIN, &["vda", "vdb"], None).unwrap());
-        let _listeners = create(&config, DOMAIN, &["vda"], None).unwrap();
+        drop(create(&config, DOMAIN, &sockets(&config, &["vda", "vdb"]), None).unwrap());
+        let _listeners = create(&config, DOMAIN, &sockets(&config, &["vda"]), None).unwrap();
         assert!(!config.disk_socket(DOMAIN, "vdb").exists());
         UnixStream::connect(config.disk_socket(DOMAIN, "vda")).unwrap();
     }
@@ -200,9 +218,9 @@ mod tests {
         let config = config(&scratch);
         let outside = scratch.path().join("outside");
         fs::write(&outside, "kept").unwrap();
-        drop(create(&config, DOMAIN, &[], None).unwrap());
+        drop(create(&config, DOMAIN, &sockets(&config, &[]), None).unwrap());
         std::os::unix::fs::symlink(&outside, config.disk_socket(DOMAIN, "vda")).unwrap();
-        let _listeners = create(&config, DOMAIN, &["vda"], None).unwrap();
+        let _listeners = create(&config, DOMAIN, &sockets(&config, &["vda"]), None).unwrap();
         assert_eq!(fs::read_to_string(&outside).unwrap(), "kept");
     }
 
@@ -212,14 +230,14 @@ mod tests {
         let config = config(&scratch);
         fs::create_dir_all(&config.run_dir).unwrap();
         std::os::unix::fs::symlink(scratch.path(), config.vm_dir(DOMAIN)).unwrap();
-        assert!(create(&config, DOMAIN, &["vda"], None).is_err());
+        assert!(create(&config, DOMAIN, &sockets(&config, &["vda"]), None).is_err());
     }
 
     #[test]
     fn removed_directory_is_gone_and_removing_again_is_fine() {
         let scratch = Scratch::new();
         let config = config(&scratch);
-        drop(create(&config, DOMAIN, &["vda"], None).unwrap());
+        drop(create(&config, DOMAIN, &sockets(&config, &["vda"]), None).unwrap());
         remove(&config, DOMAIN).unwrap();
         remove(&config, DOMAIN).unwrap();
         assert!(!config.vm_dir(DOMAIN).exists());

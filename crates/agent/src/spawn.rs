@@ -1,10 +1,11 @@
-//! Starts `vmseal-disk` as its own user, with one end of a socket pair as descriptor 3 and nothing else of ours.
+//! Starts `vmseal-disk` as its own user, with one end of a socket pair as descriptor 3 and nothing else of ours; and
+//! `vmseal-ublk`, with nothing.
 //!
 //! Program, mode and user in; a running child out. What is said over the socket is [`crate::job`]'s business and the
 //! backend's.
 
 use std::{
-    ffi::{CStr, CString},
+    ffi::{CStr, CString, OsString},
     fs::File,
     io,
     os::{
@@ -138,6 +139,35 @@ pub fn spawn(
         command.spawn()
     };
     start().map_err(|source| SpawnError::Start { program: program.to_owned(), source })
+}
+
+/// Starts `program args` as this process's own user in a session of its own, with nothing of ours open. What it says is on
+/// the child's standard output.
+///
+/// # Errors
+///
+/// [`SpawnError::Start`].
+pub fn spawn_apart(program: &Path, args: &[OsString], stderr: Stdio) -> Result<Child, SpawnError> {
+    let mut command = Command::new(program);
+    command
+        .args(args)
+        .env_clear()
+        .env("PATH", "/usr/sbin:/usr/bin:/sbin:/bin")
+        .current_dir("/")
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(stderr);
+    // SAFETY: between fork and exec only async-signal-safe calls are made, and nothing is allocated.
+    unsafe {
+        command.pre_exec(|| {
+            let check = |failed: bool| if failed { Err(io::Error::last_os_error()) } else { Ok(()) };
+            let flags = libc::CLOSE_RANGE_CLOEXEC as libc::c_long;
+            let all = (SETUP_FD as libc::c_long, u32::MAX as libc::c_long);
+            check(libc::syscall(libc::SYS_close_range, all.0, all.1, flags) < 0)?;
+            check(libc::setsid() < 0)
+        });
+    }
+    command.spawn().map_err(|source| SpawnError::Start { program: program.to_owned(), source })
 }
 
 /// Runs in the child.

@@ -120,6 +120,10 @@ impl Starter {
     ///
     /// As [`Starter::prepare`].
     pub fn serve_running(&self, plan: Plan, patience: Duration) -> Result<(), NoStart> {
+        // Its process may be there, and only a warden be gone: that needs no key.
+        if self.backends.adopt(&plan)? {
+            return Ok(());
+        }
         self.serve(plan, Why::Runs, patience)
     }
 

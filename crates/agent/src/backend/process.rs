@@ -1,7 +1,7 @@
-//! A keeper's process: a handle that never means another process, although its pid may be given away again.
+//! The process of a keeper or a warden: a handle that never means another process, although its pid may be given away again.
 //!
-//! A pid in, a pidfd kept. Only processes of the disk user are taken on trust from a pid that somebody told us, since
-//! the handle can kill.
+//! A pid in, a pidfd kept. Only processes of the user they run as are taken on trust from a pid that somebody told us,
+//! since the handle can kill.
 
 use std::{
     fs, io,
