@@ -23,6 +23,7 @@ use std::{
 
 use vmseal_api::agent::v1::Warning;
 use vmseal_keys::GrantError;
+use vmseal_model::class::DiskClass;
 
 use crate::{
     backend::{BackendLost, Backends},
@@ -238,8 +239,8 @@ fn make_dir(path: &Path, mode: u32) -> Result<(), AgentError> {
     })
 }
 
-/// The host's findings, and what the store found damaged when it was opened.
-fn warnings(config: &Arc<AgentConfig>, store: &Store) -> Arc<dyn Fn() -> Vec<Warning> + Send + Sync> {
+/// The host's findings, also for the disks it has, and what the store found damaged when it was opened.
+fn warnings(config: &Arc<AgentConfig>, store: &Arc<Store>) -> Arc<dyn Fn() -> Vec<Warning> + Send + Sync> {
     let config = Arc::clone(config);
     let damaged: Vec<Warning> = store
         .damaged()
@@ -250,7 +251,13 @@ fn warnings(config: &Arc<AgentConfig>, store: &Store) -> Arc<dyn Fn() -> Vec<War
             hint: "start its VM, which writes the file anew; the damaged one is kept beside it".to_owned(),
         })
         .collect();
-    Arc::new(move || damaged.iter().cloned().chain(doctor::findings(&config, Path::new("/"))).collect())
+    let (root, store) = (Path::new("/"), Arc::clone(store));
+    Arc::new(move || {
+        let disks = store.vms().into_iter().flat_map(|vm| vm.disks);
+        let devices = disks.filter(|disk| !disk.retired && disk.class == DiskClass::Ublk).count();
+        let found = doctor::findings(&config, root).into_iter().chain(doctor::of_devices(root, devices));
+        damaged.iter().cloned().chain(found).collect()
+    })
 }
 
 fn follow_lost(lost: Receiver<BackendLost>, wanted: Arc<Wanted>) -> Result<(), AgentError> {

@@ -7,6 +7,7 @@ mod landlock;
 mod rbd;
 mod speed;
 mod swap;
+mod ublk;
 
 use std::{
     fs::{self, File, Metadata},
@@ -55,10 +56,17 @@ pub fn findings(config: &AgentConfig, root: &Path) -> Vec<Warning> {
         landlock::finding(),
         speed::io_uring(&host),
         speed::cipher(&host),
+        ublk::program(&host),
+        ublk::rules(&host),
     ]
     .into_iter()
     .flatten()
     .collect()
+}
+
+/// What is not right below `root` on a host with so many disks that are block devices.
+pub fn of_devices(root: &Path, devices: usize) -> Option<Warning> {
+    ublk::kernel(root, devices)
 }
 
 fn warning(code: &str, message: String, hint: String) -> Option<Warning> {

@@ -14,6 +14,7 @@ use vmseal_agent::{
     identity::JoinedHost,
     join::{Joined, join},
     rbd::{Location, RbdError, Tool},
+    ublk,
 };
 use zeroize::Zeroizing;
 
@@ -169,6 +170,9 @@ fn status(config: &AgentConfig) -> Result<(), String> {
     };
     let running = if agent::is_running(config) { "running" } else { "not running" };
     text += &format!("agent: {running}\nsecret memory: {}\n", vmseal_keys::protection());
+    let here = ublk::capabilities(config, std::path::Path::new("/"));
+    text +=
+        &format!("ublk: {}\n", if here.ublk { "yes".to_owned() } else { format!("no: {}", here.no_ublk) });
     for finding in doctor::findings(config, std::path::Path::new("/")) {
         text += &format!("warning: {}: {}\n  hint: {}\n", finding.code, finding.message, finding.hint);
     }

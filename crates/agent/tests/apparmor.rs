@@ -121,3 +121,46 @@ fn shipped_rule_is_for_the_sockets_that_the_agent_makes() {
     assert!(socket.starts_with(parts[0]) && socket.ends_with(parts[2]), "{socket}");
     assert_eq!(socket.matches('/').count(), rule.matches('/').count());
 }
+
+/// libvirt writes a rule for a disk that is a block device itself, for what the name stands for; so ours needs none, which
+/// would let each QEMU at the devices of all.
+#[test]
+fn libvirt_lets_a_qemu_at_the_block_device_that_a_disks_name_stands_for() {
+    const HELPER: &str = "/usr/lib/libvirt/virt-aa-helper";
+    let is_device = |path: &&str| {
+        use std::os::unix::fs::FileTypeExt as _;
+        fs::metadata(path).is_ok_and(|metadata| metadata.file_type().is_block_device())
+    };
+    let Some(device) = ["/dev/loop0", "/dev/vda", "/dev/sda", "/dev/nvme0n1"].into_iter().find(is_device)
+    else {
+        return eprintln!("skipped: this machine has no block device");
+    };
+    if !Path::new(HELPER).exists() {
+        return eprintln!("skipped: libvirt's AppArmor helper is not there (package libvirt-daemon-system)");
+    }
+    let name = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("ublk-name-{}", std::process::id()));
+    let _ = fs::remove_file(&name);
+    std::os::unix::fs::symlink(device, &name).unwrap();
+    let uuid = "00112233-4455-6677-8899-aabbccddeeff";
+    let xml = format!(
+        "<domain type='qemu'><name>a</name><uuid>{uuid}</uuid><memory>65536</memory>\
+         <os><type arch='x86_64'>hvm</type></os><devices><disk type='block' device='disk'>\
+         <driver name='qemu' type='raw' cache='none' io='io_uring'/><source dev='{}'/>\
+         <target dev='vda' bus='virtio'/></disk></devices></domain>",
+        name.display()
+    );
+    let mut helper = Command::new(HELPER);
+    helper.args(["--dryrun", "-c", "-u", &format!("libvirt-{uuid}")]);
+    let mut helper = helper
+        .stdin(std::process::Stdio::piped())
+        .stdout(std::process::Stdio::piped())
+        .stderr(std::process::Stdio::piped())
+        .spawn()
+        .unwrap();
+    std::io::Write::write_all(&mut helper.stdin.take().unwrap(), xml.as_bytes()).unwrap();
+    let output = helper.wait_with_output().unwrap();
+    fs::remove_file(&name).unwrap();
+    let text = format!("{}{}", String::from_utf8_lossy(&output.stdout), said(&output));
+    assert!(text.contains(&format!("\"{device}\" rwk,")), "{text}");
+    assert!(!shipped().lines().any(|line| line.trim_start().starts_with("/dev/")), "{}", shipped());
+}

@@ -123,7 +123,7 @@ impl Backends {
         }
         // What ends from here on was asked to.
         lock(&slot.wardens).clear();
-        wardens.iter().for_each(|(_, process)| process.signal(libc::SIGTERM));
+        wardens.iter().for_each(|(_, process)| process.terminate());
         let until = Instant::now() + END;
         for (disk, process) in wardens {
             if !process.wait_until(Some(until)) {
@@ -131,7 +131,7 @@ impl Backends {
                     %domain, %disk, warden = process.pid(),
                     "a warden did not end; killed it: its device may stay until the VM is started again"
                 );
-                process.signal(libc::SIGKILL);
+                process.kill();
                 process.wait_for(END);
             }
         }
@@ -176,7 +176,7 @@ impl Backends {
             let _ = said.send(line);
         };
         if let Err(error) = thread::Builder::new().name("warden-line".to_owned()).spawn(read) {
-            process.signal(libc::SIGKILL);
+            process.kill();
             let _ = child.wait();
             return Err(format!("its warden is not heard: {error}"));
         }
@@ -270,9 +270,9 @@ impl Starting {
             None => format!("its warden is not ready in time; see {}", self.log.display()),
         };
         // One that failed ends by itself, and one that is asked to takes its device with it.
-        self.process.signal(libc::SIGTERM);
+        self.process.terminate();
         if !self.process.wait_for(END) {
-            self.process.signal(libc::SIGKILL);
+            self.process.kill();
         }
         let _ = self.child.wait();
         Err(reason)

@@ -13,6 +13,7 @@ impl Lab {
     fn new() -> Self {
         let config = AgentConfig {
             disk_binary: Some("/usr/libexec/vmseal/vmseal-disk".into()),
+            ublk_binary: Some("/usr/libexec/vmseal/vmseal-ublk".into()),
             ..AgentConfig::default()
         };
         let lab = Self { scratch: Scratch::new(), config };
@@ -22,6 +23,9 @@ impl Lab {
         lab.write(OUR_RULES, include_str!("../../../../deploy/apparmor/vmseal"));
         lab.program("/etc/libvirt/hooks/qemu.d/50-vmseal", 0o755);
         lab.program("/usr/libexec/vmseal/vmseal-disk", 0o755);
+        lab.program("/usr/libexec/vmseal/vmseal-ublk", 0o755);
+        lab.write("/dev/ublk-control", "");
+        lab.write("/etc/udev/rules.d/60-vmseal.rules", "KERNEL==\"ublkb*\"");
         lab.write(
             "/etc/passwd",
             "root:x:0:0::/root:/bin/sh\nvmseal-disk:x:990:990::/nonexistent:/usr/sbin/nologin\n",
@@ -89,6 +93,33 @@ impl Lab {
 #[test]
 fn nothing_is_found_where_all_is_right() {
     assert_eq!(Lab::new().codes(), [""; 0]);
+}
+
+#[test]
+fn host_without_ublk_is_amiss_where_it_has_disks_that_need_it() {
+    let lab = Lab::new();
+    let root = lab.scratch.path();
+    assert_eq!(of_devices(root, 3), None);
+    lab.remove("/dev/ublk-control");
+    lab.remove("/etc/udev/rules.d/60-vmseal.rules");
+    lab.remove("/usr/libexec/vmseal/vmseal-ublk");
+    lab.write("/proc/sys/kernel/osrelease", "6.1.0\n");
+    assert_eq!((lab.codes(), of_devices(root, 0)), (Vec::new(), None));
+    let found = of_devices(root, 3).unwrap();
+    assert!(
+        found.message.starts_with("3 disks here") && found.message.contains("6.1.0 has no module"),
+        "{found:?}"
+    );
+}
+
+#[test]
+fn ublk_without_its_program_or_its_rules_is_found() {
+    let lab = Lab::new();
+    lab.program("/usr/libexec/vmseal/vmseal-ublk", 0o644);
+    lab.only("ublk-program-missing");
+    lab.program("/usr/libexec/vmseal/vmseal-ublk", 0o755);
+    lab.remove("/etc/udev/rules.d/60-vmseal.rules");
+    lab.only("ublk-udev-rules-missing");
 }
 
 #[test]

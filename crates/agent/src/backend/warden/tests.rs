@@ -195,7 +195,7 @@ fn warden_of_an_earlier_agent_is_found_and_ended() {
 fn warden_that_ends_by_itself_is_told_of_and_started_again_with_the_same_arguments() {
     let lab = Lab::new(READY);
     lab.have().unwrap();
-    lock(&lab.slot().wardens)[&DISK].process.signal(libc::SIGKILL);
+    lock(&lab.slot().wardens)[&DISK].process.kill();
     assert_eq!(*lab.lost.recv_timeout(Duration::from_secs(20)).unwrap().plan, plan());
     lab.have().unwrap();
     assert_eq!(lab.said(), [lab.start(), lab.start()]);
