@@ -38,7 +38,9 @@ impl<'a> Ours<'a> {
             DiskSource::NbdUnix { socket, export } => (socket, DiskClass::Compatible, Some(export.as_str())),
             DiskSource::VhostUser { socket } => (socket, DiskClass::Fast, None),
             DiskSource::Block(device) => (device, DiskClass::Ublk, Some(ublk_disk::name(device)?)),
-            DiskSource::File(_) | DiskSource::Rbd(_) | DiskSource::None | DiskSource::Other(_) => return None,
+            DiskSource::File(_) | DiskSource::Rbd(_) | DiskSource::None | DiskSource::Other(_) => {
+                return None;
+            }
         };
         let place = Path::new(place);
         let ours = Self { place, class, target: &disk.target, export };

@@ -135,7 +135,7 @@ fn existing_image(
     ctx: &Context,
     uses: &Uses,
     disk: &DiskView,
-    (domain, class): (DomainUuid, DiskClass),
+    (domain, class): (DomainUuid, &Resolved),
     at: &Location,
     fate: SourceFate,
 ) -> Result<NewDisk, Refusal> {
@@ -158,7 +158,8 @@ fn existing_image(
         disk: DiskId::from_random(random_bytes()?),
         volume,
         format: InnerFormat::Raw,
-        class,
+        class: class.class,
+        chosen: Some(class.chosen.clone()),
         image_bytes: info.bytes,
         stored_bytes: sizes.stored,
         presented_bytes: sizes.presented,

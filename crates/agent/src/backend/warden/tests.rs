@@ -213,6 +213,7 @@ fn warden_ends_before_the_disk_process_it_brings_its_device_to() {
         process: Arc::new(Process::open(process.id() as i32).unwrap()),
         plan: Arc::new(plan()),
         since: Instant::now(),
+        images: Default::default(),
     };
     let log = lab.scratch.path().join("said");
     thread::scope(|scope| {

@@ -182,6 +182,7 @@ fn new_disk_on_rbd_is_thin_only_in_its_header_and_reads_zeros() {
         bytes: 2 << 20,
         key: key(),
         class: ClassChoice::Auto,
+        hosts: Default::default(),
     };
     let told = lab.run(work("rbd:rbd/data", InnerFormat::Qcow2));
     assert_eq!((told.state, told.code), (TaskState::Failed, Some(Code::UnsupportedDisk)), "{told:?}");
