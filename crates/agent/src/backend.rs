@@ -31,7 +31,7 @@ use std::{
 };
 
 use vmseal_keys::{Dek, SecretError, SecretShare};
-use vmseal_luks::OwnerBlock;
+use vmseal_luks::{OwnerBlock, OwnerError, OwnerState};
 use vmseal_model::{
     class::DiskClass,
     control::{CONTROL_VERSION, ControlReply, ControlRequest, DiskStatus, KEY_SLOT_BYTES, Setup},
@@ -635,6 +635,8 @@ fn release(plan: &Plan) {
         };
         if free.is_ok()
             && let Ok(owner) = OwnerBlock::read(&file)
+            // What was handed over waits for its receiver.
+            && owner.state == OwnerState::Held
         {
             let _ = owner.released().write(&file);
         }
@@ -649,11 +651,33 @@ fn release_images(images: &Mutex<Vec<Served>>, plan: Option<&Plan>) {
         if plan.is_some_and(writes)
             && let Ok(channel) = image.channel()
             && let Ok(owner) = OwnerBlock::read(&channel)
+            // What was handed over waits for its receiver.
+            && owner.state == OwnerState::Held
         {
             let _ = owner.released().write(&channel);
         }
         image.end();
     }
+}
+
+/// Writes anew what owner blocks say nothing any more; gives whether there was one. Whose the volume was is forgotten, so
+/// this is for an administrator to order; a volume that somebody uses on any host that shares its locks is left alone.
+pub fn repair_owner_blocks(plan: &Plan) -> Result<bool, BackendError> {
+    let mut repaired = false;
+    for disk in plan.disks.iter().filter(|disk| !disk.read_only) {
+        let path = disk.header.as_deref().unwrap_or(&disk.source);
+        let Ok(file) = open_regular(path, true) else { continue };
+        let free = match &disk.header {
+            Some(_) => claim_header(&file, false),
+            None => claim(&file, Claim::Volume),
+        };
+        if free.is_ok() && matches!(OwnerBlock::read(&file), Err(OwnerError::Damaged { .. })) {
+            let io = |source| BackendError::Io { action: "write", path: path.to_owned(), source };
+            OwnerBlock::NEVER_HELD.released().write(&file).map_err(io)?;
+            repaired = true;
+        }
+    }
+    Ok(repaired)
 }
 
 fn nobody_there(error: &io::Error) -> bool {

@@ -10,6 +10,7 @@ use std::{
 use vmseal_model::{id::DomainUuid, refusal::Code};
 
 use crate::{
+    backend::repair_owner_blocks,
     ports::DomainInfo,
     reconcile::Reconciler,
     start::{NoStart, Starter, plan::Plan},
@@ -72,7 +73,13 @@ impl Repairer {
             self.reconciler.backends.clear_out(info.uuid, moment);
         }
         match self.reconciler.plan_of(info.uuid)? {
-            Some(plan) => self.finish(info, &plan, Vec::new()),
+            Some(plan) => {
+                let mut done = Vec::new();
+                if repair_owner_blocks(&plan).map_err(Refusal::from)? {
+                    done.push("a damaged owner block was written anew");
+                }
+                self.finish(info, &plan, done)
+            }
             None => {
                 let text = format!("VM '{}' has no encrypted disk", info.name);
                 Err(Refusal::new(Code::NothingToDo, text))

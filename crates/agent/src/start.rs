@@ -214,10 +214,8 @@ impl Starter {
                     }
                 }
             };
-            if let Some(host) = host.filter(|_| !disk.read_only)
-                && let Err(error) = volume.hold(host)
-            {
-                tracing::warn!("the owner block of {} is not written: {error}", disk.source.display());
+            if let Err(error) = volume.hold(host) {
+                return Err(Refusal::new(error.code(), causes(&error)).about(&disk.target).into());
             }
             volume.setup.export = disk.class.export();
             volume.setup.serial.clone_from(&disk.serial);

@@ -17,7 +17,7 @@ use std::{
 };
 
 use vmseal_keys::{Dek, key_check};
-use vmseal_luks::{Header, HeaderFile, LuksError, OwnerBlock, VmsealToken, repair};
+use vmseal_luks::{ClaimError, Header, HeaderFile, LuksError, OwnerBlock, OwnerError, VmsealToken, repair};
 use vmseal_model::{
     control::{DiskSetup, ExportKind},
     id::{DiskId, HostId, VmId},
@@ -101,6 +101,25 @@ pub enum VolumeError {
         /// Bytes that must be there.
         expected: u64,
     },
+    /// The owner block says nothing.
+    #[error(
+        "whose {} is cannot be known: make sure that no other host uses it, then have its owner block written anew by \
+         `vmseal vm repair`", path.display()
+    )]
+    Owner {
+        /// Where the block lies.
+        path: PathBuf,
+        /// Why.
+        source: OwnerError,
+    },
+    /// It was given to another host.
+    #[error("{} is on its way to another host", path.display())]
+    Elsewhere {
+        /// Where the block lies.
+        path: PathBuf,
+        /// To whom.
+        source: ClaimError,
+    },
     /// A record of a home, or one that says another kind of header than was given.
     #[error("the key record is not one of {}: {reason}", path.display())]
     OtherKind {
@@ -115,7 +134,7 @@ impl VolumeError {
     /// The code of the refusal.
     pub fn code(&self) -> Code {
         match self {
-            Self::Locked { lock: LockError::InUse { .. }, .. } => Code::VolumeInUse,
+            Self::Locked { lock: LockError::InUse { .. }, .. } | Self::Elsewhere { .. } => Code::VolumeInUse,
             Self::Io { source, .. } if source.kind() == io::ErrorKind::NotFound => Code::NotFound,
             Self::NotRegular { .. } => Code::UnsupportedDisk,
             Self::Rbd(error) => error.code(),
@@ -146,39 +165,64 @@ pub struct OpenVolume {
     pub stored_bytes: u64,
     /// The helper that has the image's lock, where it is one.
     pub remote: Option<Served>,
+    /// The host that has it by [`OpenVolume::hold`].
+    pub holder: Option<HostId>,
+    /// Where the owner block lies, for messages.
+    owner_path: PathBuf,
 }
 
 impl OpenVolume {
-    /// Writes into the owner block that this host holds the volume; one generation more.
+    /// Writes into the owner block that this host, if it has an id, holds the volume.
     ///
     /// # Errors
     ///
-    /// The file system's. The block is information, the lock decides: a caller may go on.
-    pub fn hold(&self, host: HostId) -> io::Result<()> {
-        let block = self.write_owner(|owner| owner.taken_by(host))?;
-        // A helper that is started again makes sure that nobody else held it meanwhile.
-        self.remote.as_ref().map_or(Ok(()), |served| served.remember_owner(&block.encode()))
+    /// [`VolumeError::Owner`] or [`VolumeError::Elsewhere`]: the volume is on its way to another host, or may be; it must
+    /// not be used. That the block cannot be written is no error: the lock decides.
+    pub fn hold(&mut self, host: Option<HostId>) -> Result<(), VolumeError> {
+        if self.setup.read_only {
+            return Ok(());
+        }
+        let path = self.owner_path.clone();
+        let block = self.owner()?.started_by(host);
+        let block = block.map_err(|source| VolumeError::Elsewhere { path, source })?;
+        self.holder = host;
+        if host.is_some()
+            && let Err(error) = self.write_owner(&block).and_then(|()| self.remember_owner(&block))
+        {
+            tracing::warn!("the owner block of {} is not written: {error}", self.owner_path.display());
+        }
+        Ok(())
     }
 
     /// Writes into the owner block that nobody holds it.
     ///
     /// # Errors
     ///
-    /// As [`OpenVolume::hold`].
-    pub fn release(&self) -> io::Result<()> {
-        self.write_owner(OwnerBlock::released).map(drop)
+    /// As [`OpenVolume::owner`]. That the block cannot be written is no error.
+    pub fn release(&self) -> Result<(), VolumeError> {
+        let _ = self.write_owner(&self.owner()?.released());
+        Ok(())
     }
 
-    /// What the owner block says; one that is damaged counts as never written.
-    pub fn owner(&self) -> OwnerBlock {
-        self.with_owner_file(read_owner).unwrap_or(OwnerBlock::NEVER_HELD)
+    /// What the owner block says.
+    ///
+    /// # Errors
+    ///
+    /// [`VolumeError::Owner`] if it is damaged in both copies.
+    pub fn owner(&self) -> Result<OwnerBlock, VolumeError> {
+        let unreadable = |error: io::Error| OwnerError::Unreadable { kind: error.kind() };
+        let block = self.with_owner_file(|file| OwnerBlock::read(file)).map_err(unreadable);
+        let block = block.and_then(|block| block);
+        block.map_err(|source| VolumeError::Owner { path: self.owner_path.clone(), source })
     }
 
-    fn write_owner(&self, change: impl Fn(&OwnerBlock) -> OwnerBlock) -> io::Result<OwnerBlock> {
-        self.with_owner_file(|file| {
-            let block = change(&read_owner(file));
-            block.write(file).map(|()| block)
-        })?
+    fn write_owner(&self, block: &OwnerBlock) -> io::Result<()> {
+        self.with_owner_file(|file| block.write(file))?
+    }
+
+    /// A helper that is started again makes sure that nobody else held it meanwhile.
+    fn remember_owner(&self, block: &OwnerBlock) -> io::Result<()> {
+        self.remote.as_ref().map_or(Ok(()), |served| served.remember_owner(&block.encode()))
     }
 
     /// Something with the owner block: through the helper, where there is one.
@@ -196,10 +240,6 @@ impl OpenVolume {
         let write = !self.setup.read_only;
         OpenOptions::new().read(true).write(write).open(format!("/proc/self/fd/{}", file.as_raw_fd()))
     }
-}
-
-fn read_owner(file: &dyn HeaderFile) -> OwnerBlock {
-    OwnerBlock::read(file).unwrap_or(OwnerBlock::NEVER_HELD)
 }
 
 /// Opens and locks a volume in a file and holds it against its record.
@@ -245,7 +285,8 @@ pub fn open_locked(
             let (path, expected) = (source.to_owned(), record.state.stored_bytes);
             VolumeError::Truncated { path, stored, expected }
         })?;
-    Ok(OpenVolume { data, header: header_file, setup, stored_bytes, remote: None })
+    let owner_path = path.to_owned();
+    Ok(OpenVolume { data, header: header_file, setup, stored_bytes, remote: None, holder: None, owner_path })
 }
 
 /// What a record says of its volume.

@@ -43,7 +43,7 @@ pub use error::{Defect, LuksError};
 pub use header::Header;
 pub use inspect::{Verdict, inspect};
 pub use metadata::Metadata;
-pub use owner::{OwnerBlock, OwnerError, OwnerState};
+pub use owner::{ClaimError, OwnerBlock, OwnerError, OwnerState};
 pub use rewrite::{Copy, Repair, repair};
 pub use source::HeaderFile;
 pub use token::VmsealToken;
@@ -53,6 +53,11 @@ pub const HEADER_BYTES: u64 = 16 << 20;
 /// Where the owner block is, in the file that holds the header. With a detached header nothing is ever written at this
 /// place of the data, which is the guest's there; only the lock's byte range is the same in both files.
 pub const OWNER_BLOCK_OFFSET: u64 = 15 << 20;
+/// Where its second copy is. Nothing stood there before there were two, and in volumes made then zeros do.
+pub const OWNER_COPY_OFFSET: u64 = OWNER_BLOCK_OFFSET + (64 << 10);
+/// Where QEMU says by read locks on single bytes what it does with a file (`RAW_LOCK_PERM_BASE` in its
+/// `block/file-posix.c`), and what it does not let others do (`RAW_LOCK_SHARED_BASE`).
+pub const QEMU_LOCK_BYTES: [u64; 2] = [100, 200];
 /// Bytes of the owner block.
 pub const OWNER_BLOCK_LEN: usize = 4096;
 /// Bytes of one copy of the metadata in headers made here: binary header (4 KiB) and JSON area (60 KiB).

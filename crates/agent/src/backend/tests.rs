@@ -1,6 +1,11 @@
 use std::os::unix::net::UnixListener;
 
-use vmseal_model::{control::SandboxStatus, id::VmId};
+use vmseal_model::{
+    class::DiskClass,
+    control::SandboxStatus,
+    id::{DiskId, HostId, VmId},
+    state::InnerFormat,
+};
 
 use super::*;
 use crate::scratch::Scratch;
@@ -141,4 +146,42 @@ fn sockets_of_a_silent_process_stay_since_it_is_found_by_them_alone() {
     let _silent = UnixListener::bind(backends.config.control_socket(DOMAIN)).unwrap();
     backends.clear_out(DOMAIN, Instant::now());
     assert!(backends.config.control_socket(DOMAIN).exists());
+}
+
+#[test]
+fn owner_block_that_says_nothing_is_written_anew_and_no_other() {
+    use std::os::unix::fs::FileExt;
+
+    let scratch = Scratch::new();
+    let source = scratch.path().join("web01.vmseal");
+    let file = fs::File::options().read(true).write(true).create_new(true).open(&source).unwrap();
+    file.set_len(17 << 20).unwrap();
+    let disk = PlannedDisk {
+        target: "vda".into(),
+        disk: DiskId::from_bytes([5; 16]),
+        source,
+        header: None,
+        format: InnerFormat::Raw,
+        class: DiskClass::default(),
+        serial: String::new(),
+        read_only: false,
+        in_metadata: None,
+        stored: None,
+    };
+    let plan = Plan { disks: vec![disk], ..plan() };
+    let (here, there) = (HostId::from_bytes([1; 16]), HostId::from_bytes([2; 16]));
+    let given = OwnerBlock::NEVER_HELD.taken_by(here).handed_over(here, there);
+    given.write(&file).unwrap();
+    assert!(!repair_owner_blocks(&plan).unwrap());
+    release(&plan);
+    assert_eq!(OwnerBlock::read(&file), Ok(given), "what was handed over waits for its receiver");
+    for place in [vmseal_luks::OWNER_BLOCK_OFFSET, vmseal_luks::OWNER_COPY_OFFSET] {
+        file.write_all_at(&[1; 512], place).unwrap();
+    }
+    claim(&file, Claim::Volume).unwrap();
+    assert!(!repair_owner_blocks(&plan).unwrap(), "somebody uses it");
+    drop(file);
+    assert!(repair_owner_blocks(&plan).unwrap());
+    let block = OwnerBlock::read(&fs::File::open(&plan.disks[0].source).unwrap()).unwrap();
+    assert_eq!((block.state, block.generation), (OwnerState::Free, 1));
 }

@@ -108,9 +108,7 @@ fn open(ctx: &mut Context, plan: &DecryptPlan, disk: &ClearDisk, held: &mut Held
         let text = format!("{} was replaced by another file meanwhile", disk.volume);
         return Err(Refusal::new(Code::Conflict, text).into());
     }
-    if let Some(host) = ctx.world.host() {
-        let _ = volume.hold(host);
-    }
+    volume.hold(ctx.world.host()).map_err(Refusal::from)?;
     volume.setup = for_job(&volume.setup);
     held.volume = Some(volume);
     held.keys = Some(keys);

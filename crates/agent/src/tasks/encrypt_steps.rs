@@ -207,10 +207,7 @@ fn open(ctx: &mut Context, plan: &EncryptPlan, disk: &NewDisk, held: &mut Held) 
         volume::open(&ctx.world.config, path, None, &keys.record, &keys.dek, &disk.target, 0, false)
     })?;
     volume.setup = for_job(&volume.setup);
-    if let Some(host) = ctx.world.host() {
-        // Information only.
-        let _ = volume.hold(host);
-    }
+    volume.hold(ctx.world.host()).map_err(Refusal::from)?;
     held.volume = Some(volume);
     Ok(())
 }

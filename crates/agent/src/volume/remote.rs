@@ -3,7 +3,11 @@
 //! The location decides which. An image is locked by its helper; its header is held against the record through that, and
 //! while we have it the record in it is brought up to date: nobody can write there once a disk process is served.
 
-use std::{fs::File, io, path::Path};
+use std::{
+    fs::File,
+    io,
+    path::{Path, PathBuf},
+};
 
 use vmseal_keys::Dek;
 use vmseal_luks::{HEADER_BYTES, HeaderFile};
@@ -61,7 +65,8 @@ pub fn open(
     let socket =
         served.listener().ok_or(io::ErrorKind::NotConnected.into()).and_then(|l| l.try_clone_to_owned());
     let data = File::from(socket.map_err(io)?);
-    Ok(OpenVolume { data, header: None, setup, stored_bytes, remote: Some(served) })
+    let owner_path = PathBuf::from(served.location().to_string());
+    Ok(OpenVolume { data, header: None, setup, stored_bytes, remote: Some(served), holder: None, owner_path })
 }
 
 /// Writes the record that is used into the header where another lies, unless that one is newer: then the agent's store was

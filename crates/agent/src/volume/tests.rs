@@ -1,7 +1,7 @@
 use std::{os::unix::fs::FileExt, process::Command};
 
 use vmseal_keys::{NewDiskRecord, random_bytes, restate, seal_disk};
-use vmseal_luks::{HEADER_BYTES, OWNER_BLOCK_OFFSET, OwnerState};
+use vmseal_luks::{HEADER_BYTES, OWNER_BLOCK_OFFSET, OWNER_COPY_OFFSET, OwnerState};
 use vmseal_model::{
     id::{KekId, KeyUuid, RecordId},
     record::{RecipientKind, RecordState, UnitBytes},
@@ -9,6 +9,7 @@ use vmseal_model::{
 
 use super::*;
 use crate::{
+    causes::causes,
     new_volume::{Ownership, create_exclusive, fill},
     scratch::Scratch,
 };
@@ -307,16 +308,48 @@ fn newer_record_takes_the_place_of_the_old_one_in_the_header() {
 fn owner_block_counts_who_held_it() {
     let made = made();
     let host = HostId::from_bytes([5; 16]);
-    let open = made.open().unwrap();
-    assert_eq!(open.owner(), OwnerBlock::NEVER_HELD);
-    open.hold(host).unwrap();
-    assert_eq!((open.owner().state, open.owner().generation, open.owner().host), (OwnerState::Held, 1, host));
+    let mut open = made.open().unwrap();
+    let says =
+        |open: &OpenVolume| open.owner().map(|block| (block.state, block.generation, block.host)).unwrap();
+    assert_eq!(open.owner().unwrap(), OwnerBlock::NEVER_HELD);
+    open.hold(Some(host)).unwrap();
+    assert_eq!(says(&open), (OwnerState::Held, 1, host));
     open.release().unwrap();
-    assert_eq!((open.owner().state, open.owner().generation), (OwnerState::Free, 1));
-    // Damage there keeps nobody out.
+    assert_eq!(says(&open), (OwnerState::Free, 2, host));
+    // A host without an id writes nothing.
+    open.hold(None).unwrap();
+    assert_eq!(says(&open), (OwnerState::Free, 2, host));
+    // One copy is enough, and the next write makes two of it.
     open.data.write_all_at(&[1; 64], OWNER_BLOCK_OFFSET).unwrap();
-    open.hold(host).unwrap();
-    assert_eq!(open.owner().generation, 1);
+    open.hold(Some(host)).unwrap();
+    assert_eq!(says(&open), (OwnerState::Held, 3, host));
+    open.data.write_all_at(&[1; 64], OWNER_COPY_OFFSET).unwrap();
+    assert_eq!(says(&open), (OwnerState::Held, 3, host));
+}
+
+#[test]
+fn volume_is_not_started_while_it_is_on_its_way_to_another_host_or_may_be() {
+    let made = made();
+    let [here, there, third] = [5, 6, 7].map(|byte| HostId::from_bytes([byte; 16]));
+    let mut open = made.open().unwrap();
+    OwnerBlock::NEVER_HELD.taken_by(there).handed_over(there, third).write(&open.data).unwrap();
+    for host in [Some(here), None] {
+        let error = open.hold(host).unwrap_err();
+        assert_eq!(error.code(), Code::VolumeInUse);
+        let text = causes(&error);
+        assert!(text.contains("another host") && text.contains(&third.to_string()), "{text}");
+    }
+    // Its receiver may, and who gave it away; and whoever has the lock of one that ended.
+    for host in [third, there, here] {
+        open.hold(Some(host)).unwrap();
+    }
+    for place in [OWNER_BLOCK_OFFSET, OWNER_COPY_OFFSET] {
+        open.data.write_all_at(&[1; 64], place).unwrap();
+    }
+    let error = open.hold(Some(here)).unwrap_err();
+    assert_eq!(error.code(), Code::Integrity);
+    assert!(error.to_string().contains("vm repair"), "{error}");
+    assert!(open.release().is_err());
 }
 
 #[test]
@@ -336,7 +369,7 @@ fn read_only_opening_shares_with_readers_and_keeps_writers_out() {
 #[test]
 fn owner_block_is_written_although_the_data_is_open_for_direct_io() {
     let made = made();
-    let open = made.open().unwrap();
+    let mut open = made.open().unwrap();
     // As a worker does it with the description it was handed.
     // SAFETY: F_SETFL on a descriptor that is open; it has no other flags that could be lost.
     let set = unsafe { libc::fcntl(open.data.as_raw_fd(), libc::F_SETFL, libc::O_DIRECT) };
@@ -344,10 +377,10 @@ fn owner_block_is_written_although_the_data_is_open_for_direct_io() {
         // Not every file system has it.
         assert_eq!(std::io::Error::last_os_error().raw_os_error(), Some(libc::EINVAL));
     }
-    open.hold(HostId::from_bytes([7; 16])).unwrap();
-    assert_eq!(open.owner().generation, 1);
+    open.hold(Some(HostId::from_bytes([7; 16]))).unwrap();
+    assert_eq!(open.owner().unwrap().generation, 1);
     open.release().unwrap();
-    assert_eq!(OwnerBlock::read(&made.file()).unwrap(), open.owner());
+    assert_eq!(OwnerBlock::read(&made.file()).unwrap(), open.owner().unwrap());
     // The lock was not lost by closing the other description.
     assert!(matches!(made.open().unwrap_err(), VolumeError::Locked { .. }));
 }
