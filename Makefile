@@ -9,7 +9,7 @@ export CARGO_TERM_COLOR ?= auto
 # Each is a file below tests/e2e/tests.
 SOAKS = boot create elsewhere outages hooks kills memory encrypt growth tamper class ublk
 
-.PHONY: help demo demo-down test test-vectors test-rbd soak-rbd bench-start bench-disk bench-xts soak-fio soak-guest-fio soak-xts lint build failpoints setup rust nextest
+.PHONY: help demo demo-down test test-vectors test-rbd soak-rbd bench-start bench-disk bench-xts soak-fio soak-guest-fio soak-xts soak-handover lint build failpoints setup rust nextest
 # cargo does the work in parallel.
 .NOTPARALLEL:
 
@@ -19,7 +19,7 @@ help:
 	@echo 'make test          build, then every proof in its small count (15 minutes on 2 cores)'
 	@echo 'make test-vectors  only the published test vectors'
 	@echo 'make test-rbd      volumes on Ceph RBD, with a cluster on this machine (installs Ceph; 6 minutes)'
-	@echo 'make soak-NAME     one proof in its full count: $(SOAKS) fio guest-fio xts rbd store'
+	@echo 'make soak-NAME     one proof in its full count: $(SOAKS) fio guest-fio xts rbd store handover'
 	@echo 'make fuzz-NAME     ten minutes (FUZZ_SECONDS) of a target below fuzz/fuzz_targets; fuzz-keep-NAME keeps what it found'
 	@echo 'make bench-start   what encryption adds to virsh start; writes bench/out/start.json'
 	@echo 'make bench-xts     our cipher beside aws-lc, memcpy and the processor at its best; writes bench/out/xts.json'
@@ -73,6 +73,9 @@ soak-fio: setup rust nextest
 soak-guest-fio: setup rust nextest
 	$(CARGO) build $(PROFILE) --locked -p vmseal-disk
 	VMSEAL_SOAK=1 $(CARGO) nextest run $(PROFILE) --locked -p vmseal-disk --profile soak --success-output final -E 'test(/^guest_fio::/)'
+soak-handover: setup rust nextest
+	$(CARGO) build $(PROFILE) --locked -p vmseal-disk
+	VMSEAL_SOAK=1 $(CARGO) nextest run $(PROFILE) --locked -p vmseal-disk --profile soak --success-output final -E 'test(survive_hand_overs)'
 soak-xts: rust nextest
 	VMSEAL_SOAK=1 $(CARGO) nextest run $(PROFILE) --locked -p vmseal-xts --profile soak --success-output final -E 'test(differential)'
 

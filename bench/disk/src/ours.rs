@@ -129,6 +129,8 @@ impl Plan {
         }
         let control_path = sockets.join(&format!("{name}-control.sock"));
         let setup = Setup {
+            host: None,
+            waiting: false,
             version: CONTROL_VERSION,
             vm,
             domain: DomainUuid::from_random(random()?),

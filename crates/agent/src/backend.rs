@@ -467,6 +467,8 @@ impl Backends {
             domain: plan.domain,
             pid_file: format!("{}.pid", plan.name),
             disks: volumes.iter().map(|(volume, _)| volume.setup.clone()).collect(),
+            host: volumes.iter().find_map(|(volume, _)| volume.holder),
+            waiting: false,
         };
         let mut fds: Vec<BorrowedFd<'_>> = vec![keys.as_fd(), listeners.control.as_fd(), pid_files.as_fd()];
         for ((volume, _), listener) in volumes.iter().zip(&listeners.disks) {

@@ -19,10 +19,12 @@ use vmseal_model::{
 };
 
 use crate::{
+    custody::Custody,
     export::Export,
     frame::{self, FrameError},
+    latch::SharedPage,
     log::{self, Throttle},
-    notice, peer,
+    notice, peer, resize,
     worker::with_causes,
 };
 
@@ -55,6 +57,10 @@ pub struct Worker {
     pub sandbox: SandboxStatus,
     /// Its disks.
     pub exports: Vec<Arc<Export>>,
+    /// Whose those are that are written.
+    pub custody: Arc<Custody>,
+    /// What the next worker is told.
+    pub page: Arc<SharedPage>,
 }
 
 impl Worker {
@@ -68,6 +74,7 @@ impl Worker {
             keeper_pid: self.keeper_pid,
             secret_memory: vmseal_keys::protection().to_string(),
             sandbox: self.sandbox.clone(),
+            phase: self.custody.phase(),
             disks: self.exports.iter().map(|export| export.status()).collect(),
         }
     }
@@ -105,6 +112,30 @@ impl Worker {
         Ok(())
     }
 
+    /// Everything that is no more than an order and its outcome. An error is one line that says why not.
+    fn carry_out(&self, request: ControlRequest) -> Result<ControlReply, String> {
+        let custody = &self.custody;
+        let serving = |disks| ControlReply::Serving { disks };
+        let outcome = match request {
+            ControlRequest::Status => return Ok(ControlReply::Status(self.status())),
+            ControlRequest::Drain { limit_ms } => custody.drain(limit_ms).map(|()| ControlReply::Drained),
+            ControlRequest::HandOver { to } => {
+                custody.hand_over(to).map(|disks| ControlReply::HandedOver { disks })
+            }
+            ControlRequest::Activate { ended } => custody.activate(ended).map(serving),
+            ControlRequest::Resume { ended } => custody.resume(ended).map(serving),
+            ControlRequest::Resize { disk, presented_bytes } => {
+                let grown = resize::grow(&self.exports, custody, &self.page, disk, presented_bytes);
+                let grown = grown.map_err(|error| with_causes(&error))?;
+                return Ok(ControlReply::Resized { presented_bytes: grown });
+            }
+            ControlRequest::Stop { .. } | ControlRequest::Upgrade => {
+                return Err("an order to end is not carried out here".into());
+            }
+        };
+        outcome.map_err(|error| with_causes(&error))
+    }
+
     fn keeper(&self) -> MutexGuard<'_, UnixStream> {
         self.keeper.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -126,7 +157,8 @@ impl Worker {
         for export in &self.exports {
             export.cut_connections(CUT);
         }
-        for export in &self.exports {
+        // What is another's is not this process's to flush, and a store without its lock may not answer.
+        for export in self.exports.iter().filter(|_| self.custody.is_ours()) {
             if let Err(error) = export.volume().flush() {
                 log::line(format_args!("{}: {error} at the end", export.target()));
                 if !force {
@@ -185,7 +217,6 @@ fn answer(stream: &UnixStream, worker: &Worker) {
     let _ = stream.set_write_timeout(Some(ASK));
     loop {
         let reply = match frame::receive(stream) {
-            Ok(Some((ControlRequest::Status, _))) => ControlReply::Status(worker.status()),
             Ok(Some((ControlRequest::Stop { force }, _))) => match worker.make_ready_to_end(force) {
                 Ok(()) => {
                     log::line(format_args!("ending as asked"));
@@ -199,6 +230,10 @@ fn answer(stream: &UnixStream, worker: &Worker) {
                     let _ = frame::send(stream, &ControlReply::Upgrading, &[]);
                     crate::end_process(crate::EXIT_UPGRADE);
                 }
+                Err(message) => ControlReply::Refused { message },
+            },
+            Ok(Some((request, _))) => match worker.carry_out(request) {
+                Ok(reply) => reply,
                 Err(message) => ControlReply::Refused { message },
             },
             Ok(None) => return,

@@ -146,6 +146,23 @@ pub fn hung_up(socket: &UnixStream) -> bool {
     ready == 1 && poll.revents & (libc::POLLHUP | libc::POLLRDHUP | libc::POLLERR) != 0
 }
 
+/// Waits until a bell rings or the other end of a socket closes its side; whether it was that.
+pub fn moved_or_hung_up(bell: BorrowedFd<'_>, socket: &UnixStream) -> bool {
+    let entry = |fd: RawFd, events| libc::pollfd { fd, events, revents: 0 };
+    let mut polls = [entry(bell.as_raw_fd(), libc::POLLIN), entry(socket.as_raw_fd(), libc::POLLRDHUP)];
+    loop {
+        // SAFETY: as many as said. On an error, which is an interruption, no field is changed.
+        unsafe { libc::poll(polls.as_mut_ptr(), 2, -1) };
+        let [bell, socket] = &polls;
+        if socket.revents != 0 {
+            return true;
+        }
+        if bell.revents != 0 {
+            return false;
+        }
+    }
+}
+
 /// Waits until one of the descriptors can be read or has ended; which. Longer limits than a minute are cut to that.
 pub fn ready<const N: usize>(fds: [Option<BorrowedFd<'_>>; N], limit: Option<Duration>) -> [bool; N] {
     // A negative descriptor is passed over.

@@ -348,6 +348,7 @@ impl Export {
             target: self.target.clone(),
             client_pid: self.clients().pid,
             stored_bytes: self.volume.stored_bytes(),
+            presented_bytes: self.volume.presented_bytes(),
             read_bytes: self.read_bytes.load(Ordering::Relaxed),
             written_bytes: self.written_bytes.load(Ordering::Relaxed),
             refused_clients: self.refused.load(Ordering::Relaxed),

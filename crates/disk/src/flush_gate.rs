@@ -5,7 +5,7 @@
 
 use std::{
     fs::File,
-    io::{self, Write},
+    io::{self, Read, Write},
     os::fd::{AsFd, BorrowedFd, FromRawFd},
     sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError},
 };
@@ -116,6 +116,11 @@ impl Bell {
     pub(crate) fn ring(&self) {
         let _ = (&self.0).write_all(&1u64.to_ne_bytes());
     }
+
+    /// Forgets that it rang.
+    pub(crate) fn hush(&self) {
+        let _ = (&self.0).read_exact(&mut [0; 8]);
+    }
 }
 
 impl AsFd for Bell {
@@ -126,8 +131,6 @@ impl AsFd for Bell {
 
 #[cfg(test)]
 mod tests {
-    use std::io::Read;
-
     use super::*;
 
     fn rung(bell: &Bell) -> bool {

@@ -12,7 +12,7 @@ use std::{
 };
 
 use aws_lc_rs::digest;
-use vmseal_model::control::{CONTROL_VERSION, Job, JobEvent, JobSetup};
+use vmseal_model::control::{CONTROL_VERSION, Job, JobEvent, JobSetup, OLDEST_CONTROL_VERSION};
 use vmseal_xts::Cipher;
 
 use crate::{
@@ -42,7 +42,7 @@ const ROUNDING: u64 = 4096;
 pub enum JobError {
     /// The setup is from another release.
     #[error(
-        "job has version {found}, this vmseal-disk speaks {CONTROL_VERSION}: restart the agent after an upgrade"
+        "job has version {found}, this vmseal-disk speaks {OLDEST_CONTROL_VERSION} to {CONTROL_VERSION}: restart the agent after an upgrade"
     )]
     Version {
         /// What it has.
@@ -152,7 +152,7 @@ struct Work {
 
 impl Work {
     fn prepare(setup: JobSetup, fds: Vec<OwnedFd>, owner: u32) -> Result<Self, JobError> {
-        if setup.version != CONTROL_VERSION {
+        if !(OLDEST_CONTROL_VERSION..=CONTROL_VERSION).contains(&setup.version) {
             return Err(JobError::Version { found: setup.version });
         }
         let (job, mut disk) = (setup.job, setup.disk);

@@ -22,7 +22,10 @@ pub mod uring;
 use std::{
     collections::VecDeque,
     fmt, io,
-    os::fd::BorrowedFd,
+    os::{
+        fd::{AsFd, BorrowedFd},
+        unix::net::UnixStream,
+    },
     sync::{
         Arc,
         atomic::{AtomicBool, Ordering},
@@ -31,6 +34,8 @@ use std::{
 
 use self::{blocking::Blocking, remote::Remote, ring::Ring};
 use crate::{
+    descriptors,
+    gate::{Pass, Way},
     log,
     volume::{Volume, VolumeError},
 };
@@ -135,6 +140,9 @@ impl fmt::Display for EngineKind {
 pub struct Lane {
     engine: Engine,
     outbox: Outbox,
+    volume: Arc<Volume>,
+    pass: Arc<Pass>,
+    watches_gate: bool,
 }
 
 enum Engine {
@@ -156,6 +164,9 @@ impl Outbox {
     }
 }
 
+/// The key of the gate's bell among what is watched. Fronts use small ones.
+const GATE: u32 = u32::MAX;
+
 /// Said once a process.
 static SAID_BLOCKING: AtomicBool = AtomicBool::new(false);
 
@@ -166,6 +177,7 @@ impl Lane {
     ///
     /// No memory or no descriptor left. That io_uring cannot be had is no error.
     pub fn new(volume: Arc<Volume>) -> io::Result<Self> {
+        let gated = volume.clone();
         let engine = if let Some(link) = volume.store().link().cloned() {
             Engine::Remote(Box::new(Remote::new(volume, link)?))
         } else if volume.store().ring_fd().is_none() {
@@ -185,7 +197,8 @@ impl Lane {
                 Err(error) => return Err(error),
             }
         };
-        Ok(Self { engine, outbox: Outbox::default() })
+        let pass = gated.gate().pass()?;
+        Ok(Self { engine, outbox: Outbox::default(), volume: gated, pass, watches_gate: false })
     }
 
     /// Which engine it has.
@@ -228,12 +241,59 @@ impl Lane {
         }
     }
 
-    /// Whether it should be given more: memory and places are bounded.
-    pub fn has_room(&self) -> bool {
+    /// Whether it should be given more: memory and places are bounded, and its volume's gate may be shut. A wait ends
+    /// when that opens.
+    pub fn has_room(&mut self) -> bool {
+        self.has_room_for(Way::Open)
+    }
+
+    /// The same for requests that need no more than this of the gate.
+    pub fn has_room_for(&mut self, needs: Way) -> bool {
+        if self.is_full() {
+            return false;
+        }
+        let entered = self.volume.gate().enter(&self.pass, needs);
+        if !entered && !self.watches_gate {
+            let pass = self.pass.clone();
+            // Without, it is looked at again when something else happens.
+            self.watches_gate = self.watch(pass.as_fd(), GATE).is_ok();
+        }
+        entered
+    }
+
+    /// Whether memory or places are used up.
+    pub fn is_full(&self) -> bool {
         match &self.engine {
-            Engine::Ring(ring) => ring.has_room(),
-            Engine::Blocking(_) => true,
-            Engine::Remote(remote) => remote.has_room(),
+            Engine::Ring(ring) => !ring.has_room(),
+            Engine::Blocking(_) => false,
+            Engine::Remote(remote) => !remote.has_room(),
+        }
+    }
+
+    /// How far the volume's gate is open; no request may be taken on the strength of this.
+    pub fn way(&self) -> Way {
+        self.volume.gate().way()
+    }
+
+    /// To be called before waiting for something other than this lane, with everything answered.
+    pub fn rest(&mut self) {
+        if self.in_flight() == 0 {
+            self.volume.gate().leave(&self.pass);
+        }
+    }
+
+    /// Waits until the gate was moved so that a request passes, or the other end of `stream` hangs up; gives whether it
+    /// passes.
+    pub fn wait_for_gate(&mut self, stream: &UnixStream, passes: impl Fn(&Volume) -> bool) -> bool {
+        self.rest();
+        loop {
+            self.pass.hush();
+            if passes(&self.volume) {
+                return true;
+            }
+            if descriptors::moved_or_hung_up(self.pass.as_fd(), stream) {
+                return false;
+            }
         }
     }
 
@@ -267,6 +327,9 @@ impl Lane {
     ///
     /// The kernel's; the lane is of no use then.
     pub fn wait(&mut self) -> io::Result<()> {
+        if self.outbox.is_empty() {
+            self.rest();
+        }
         self.turn(true)
     }
 
@@ -307,5 +370,6 @@ impl Drop for Lane {
     /// The kernel must not write into memory that is somebody else's by then.
     fn drop(&mut self) {
         self.drain();
+        self.volume.gate().forget(&self.pass);
     }
 }

@@ -1,4 +1,5 @@
-//! A page of memory that outlives a worker: which disks had a flush that failed, and what the sandbox stopped.
+//! A page of memory that outlives a worker: which disks had a flush that failed, what the sandbox stopped, what the worker
+//! may do with its volumes, and how large they are shown.
 //!
 //! The keeper makes it and hands it to each worker as the last descriptor; it never looks inside. A failed flush is
 //! told by the kernel once: a worker that starts afresh would hear "durable" about pages that were lost, so it begins
@@ -11,9 +12,11 @@ use std::{
     ptr::NonNull,
     sync::{
         Arc,
-        atomic::{AtomicU8, AtomicU32, Ordering},
+        atomic::{AtomicU8, AtomicU32, AtomicU64, Ordering},
     },
 };
+
+use vmseal_model::control::Phase;
 
 /// Bytes of the page.
 const BYTES: usize = 4096;
@@ -21,7 +24,21 @@ const BYTES: usize = 4096;
 const DISKS: usize = 256;
 /// Where the words for the sandbox's report lie.
 const REPORT: usize = 1024;
+/// Where the phase lies, and how long it may stay drained.
+const PHASE: usize = 1032;
+/// Where each disk's size lies, if it was changed.
+const PRESENTED: usize = 2048;
 const SEALS: libc::c_int = libc::F_SEAL_SHRINK | libc::F_SEAL_GROW | libc::F_SEAL_SEAL;
+
+/// Their numbers on the page are one more than their places here: zero is none.
+const PHASES: [Phase; 6] = [
+    Phase::Serving,
+    Phase::Waiting,
+    Phase::Activating,
+    Phase::Drained,
+    Phase::HandingOver,
+    Phase::HandedOver,
+];
 
 /// The memory, mapped; shared with every worker of the same keeper.
 #[derive(Debug)]
@@ -96,6 +113,56 @@ impl SharedPage {
     fn word(&self, index: usize) -> &AtomicU32 {
         // SAFETY: within the page and aligned; as above.
         unsafe { AtomicU32::from_ptr(self.base.as_ptr().add(REPORT).cast::<u32>().add(index & 1)) }
+    }
+
+    fn phase_word(&self, index: usize) -> &AtomicU32 {
+        // SAFETY: within the page and aligned; as above.
+        unsafe { AtomicU32::from_ptr(self.base.as_ptr().add(PHASE).cast::<u32>().add(index & 1)) }
+    }
+
+    /// What the worker before, or this one, may do with the volumes; none if that was never changed.
+    pub fn phase(&self) -> Option<Phase> {
+        PHASES.get((self.phase_word(0).load(Ordering::Acquire) as usize).wrapping_sub(1)).copied()
+    }
+
+    /// Says it to the next worker too.
+    pub fn set_phase(&self, phase: Phase) {
+        let place = PHASES.iter().position(|other| *other == phase).unwrap_or_default();
+        self.phase_word(0).store(place as u32 + 1, Ordering::Release);
+    }
+
+    /// How long it may stay drained, in milliseconds.
+    pub fn drained_ms(&self) -> u32 {
+        self.phase_word(1).load(Ordering::Acquire)
+    }
+
+    /// The same, to be set.
+    pub fn set_drained_ms(&self, limit: u32) {
+        self.phase_word(1).store(limit, Ordering::Release);
+    }
+
+    /// How many bytes are shown of the disk at this place of the setup, if it was changed since the start.
+    ///
+    /// # Panics
+    ///
+    /// If no setup has so many disks.
+    pub fn presented(&self, disk: usize) -> Option<u64> {
+        Some(self.presented_word(disk).load(Ordering::Acquire)).filter(|bytes| *bytes != 0)
+    }
+
+    /// Changes it, for the next worker.
+    ///
+    /// # Panics
+    ///
+    /// If no setup has so many disks.
+    pub fn set_presented(&self, disk: usize, bytes: u64) {
+        self.presented_word(disk).store(bytes, Ordering::Release);
+    }
+
+    fn presented_word(&self, disk: usize) -> &AtomicU64 {
+        assert!(disk < DISKS, "a setup has fewer disks");
+        // SAFETY: 256 words end with the page, and it begins aligned; as above.
+        unsafe { AtomicU64::from_ptr(self.base.as_ptr().add(PRESENTED).cast::<u64>().add(disk)) }
     }
 
     /// Notes that the sandbox stopped a system call. Async-signal-safe.
@@ -182,6 +249,10 @@ mod tests {
         assert!(latches.iter().all(|latch| !latch.is_set()));
         assert_eq!(first.stopped(), (0, None));
         latches[1].set();
+        assert_eq!((first.phase(), first.presented(255)), (None, None));
+        first.set_phase(Phase::HandedOver);
+        first.set_drained_ms(7);
+        first.set_presented(255, 512);
         first.note_stopped(41);
         first.note_stopped(257);
         drop((first, latches));
@@ -189,6 +260,8 @@ mod tests {
         let set: Vec<_> = (0..3).map(|disk| FlushLatch::shared(second.clone(), disk).is_set()).collect();
         assert_eq!(set, [false, true, false]);
         assert_eq!(second.stopped(), (2, Some(257)));
+        assert_eq!((second.phase(), second.drained_ms()), (Some(Phase::HandedOver), 7));
+        assert_eq!([0, 254, 255].map(|disk| second.presented(disk)), [None, None, Some(512)]);
     }
 
     #[test]

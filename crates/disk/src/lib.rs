@@ -8,15 +8,18 @@
 
 mod aligned;
 pub mod control;
+pub mod custody;
 pub mod descriptors;
 pub mod engine;
 pub mod export;
 mod flush_gate;
 pub mod frame;
+pub mod gate;
 pub mod job;
 pub mod keeper;
 pub mod lane;
 pub mod latch;
+mod lock;
 pub mod log;
 pub mod medium;
 pub mod nbd;
@@ -24,6 +27,7 @@ pub mod notice;
 pub mod peer;
 pub mod program;
 pub mod remote;
+pub mod resize;
 pub mod sandbox;
 pub mod setup;
 pub mod store;

@@ -25,7 +25,7 @@ impl Medium {
     /// [`StoreError`].
     pub fn new(fd: OwnedFd, read_only: bool, owner: u32) -> Result<Self, StoreError> {
         if RemoteStore::is_meant_by(&fd) {
-            return Ok(Self::Remote(RemoteStore::new(fd, owner)?));
+            return Ok(Self::Remote(RemoteStore::new(fd, owner, None)?));
         }
         Ok(Self::File(FileStore::new(File::from(fd), read_only)?))
     }

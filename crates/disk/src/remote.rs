@@ -163,6 +163,11 @@ impl State {
 }
 
 impl Link {
+    /// Whether a helper is there, which has the lock then.
+    pub(crate) fn is_connected(&self) -> bool {
+        self.state().first.is_some() && !self.is_lost()
+    }
+
     /// Whether the store's lock was taken from us. Then nothing works any more, for somebody else has the disk.
     pub(crate) fn is_lost(&self) -> bool {
         self.lost.load(Ordering::Acquire)
@@ -343,12 +348,12 @@ impl RemoteStore {
     }
 
     /// A store whose helper connects to `listener`: root, `owner`, whoever the listener belongs to (`fchown`), or this
-    /// process's own user. Waits for the first one.
+    /// process's own user. Waits for the first one, unless it is known how many bytes the store has at least.
     ///
     /// # Errors
     ///
     /// No thread or descriptor left.
-    pub fn new(listener: OwnedFd, owner: u32) -> io::Result<Self> {
+    pub fn new(listener: OwnedFd, owner: u32, bytes: Option<u64>) -> io::Result<Self> {
         // SAFETY: fstat fills plain data, of an open descriptor.
         let helper = unsafe {
             let mut stat: libc::stat = mem::zeroed();
@@ -363,7 +368,7 @@ impl RemoteStore {
             helper,
             lost: AtomicBool::new(false),
             ending: Bell::new()?,
-            state: Mutex::default(),
+            state: Mutex::new(State { bytes, ..State::default() }),
             changed: Condvar::new(),
         });
         let kept = link.clone();

@@ -13,12 +13,13 @@ use std::{
 
 use vmseal_keys::{Dek, SecretError, SecretShare, key_check};
 use vmseal_model::{
-    control::{CONTROL_VERSION, DiskSetup, KEY_SLOT_BYTES, Setup},
+    control::{CONTROL_VERSION, DiskSetup, KEY_SLOT_BYTES, OLDEST_CONTROL_VERSION, Setup},
     id::{DiskId, DomainUuid, VmId},
 };
 use vmseal_xts::{Cipher, XtsError};
 
 use crate::{
+    custody::{Custody, Kept},
     descriptors::is_unix_listener,
     export::Export,
     latch::{FlushLatch, SharedPage},
@@ -31,7 +32,7 @@ use crate::{
 /// More disks than their descriptors fit into one frame are not possible; this bounds key slots too.
 pub const MAX_DISKS: usize = 124;
 /// XTS under one key: 2^44 blocks of 16 bytes (DESIGN §4).
-const MAX_PRESENTED: u64 = 16 << 44;
+pub(crate) const MAX_PRESENTED: u64 = 16 << 44;
 
 /// Why a setup cannot be served.
 #[derive(Debug, thiserror::Error)]
@@ -39,7 +40,7 @@ const MAX_PRESENTED: u64 = 16 << 44;
 pub enum SetupError {
     /// Made by another release.
     #[error(
-        "setup has version {found}, this vmseal-disk speaks {CONTROL_VERSION}: restart the agent after an upgrade"
+        "setup has version {found}, this vmseal-disk speaks {OLDEST_CONTROL_VERSION} to {CONTROL_VERSION}: restart the agent after an upgrade"
     )]
     Version {
         /// What it has.
@@ -90,6 +91,9 @@ pub enum DiskDefect {
     /// The data or header descriptor cannot be used.
     #[error("the volume {0}")]
     Store(StoreError),
+    /// The header's descriptor cannot be used.
+    #[error("the detached header {0}")]
+    Header(StoreError),
     /// The volume is too short, or cannot be measured.
     #[error("{0}")]
     Volume(VolumeError),
@@ -107,7 +111,9 @@ pub struct Prepared {
     pub policy: PeerPolicy,
     /// The disks and where their clients come from.
     pub exports: Vec<(Export, UnixListener)>,
-    /// Detached headers: kept open for the locks on them.
+    /// Whose the volumes are that are written. Detached headers are kept open here, for the locks on them.
+    pub custody: Arc<Custody>,
+    /// Other detached headers.
     pub headers: Vec<OwnedFd>,
     /// What workers of this keeper tell the next one.
     pub page: Arc<SharedPage>,
@@ -119,8 +125,13 @@ pub struct Prepared {
 ///
 /// [`SetupError`]. Trying again with the same setup does not help.
 pub fn prepare(setup: &Setup, mut fds: Vec<OwnedFd>, owner: u32) -> Result<Prepared, SetupError> {
-    if setup.version != CONTROL_VERSION {
+    if !(OLDEST_CONTROL_VERSION..=CONTROL_VERSION).contains(&setup.version) {
         return Err(SetupError::Version { found: setup.version });
+    }
+    if setup.waiting && setup.host.is_none() {
+        return Err(SetupError::Malformed(
+            "it waits for volumes of another host and does not say which host this is",
+        ));
     }
     if setup.disks.is_empty() || setup.disks.len() > MAX_DISKS {
         return Err(SetupError::Malformed("it names no disk, or too many"));
@@ -138,23 +149,34 @@ pub fn prepare(setup: &Setup, mut fds: Vec<OwnedFd>, owner: u32) -> Result<Prepa
         .ok_or(SetupError::Malformed("the pid file's name is not a plain file name"))?;
     let keys = KeyMemory::map(keys, &setup.disks)?;
     let page = SharedPage::map(page.as_fd()).map_err(SetupError::SharedPage)?;
-    let (mut exports, mut headers) = (Vec::new(), Vec::new());
+    let (mut exports, mut kept, mut headers) = (Vec::new(), Vec::new(), Vec::new());
     for (at, disk) in setup.disks.iter().enumerate() {
+        // A worker before this one may have made it larger.
+        let presented_bytes = page.presented(at).unwrap_or(0).max(disk.presented_bytes);
+        let disk = &DiskSetup { presented_bytes, ..disk.clone() };
         if setup.disks.iter().take(at).any(|other| other.disk == disk.disk) {
             return Err(defect(disk)(DiskDefect::Value("it is named twice")));
         }
         let data = next()?;
-        if disk.detached_header {
-            headers.push(next()?);
-        }
+        let mut header = if disk.detached_header { Some(next()?) } else { None };
         let listener = listener(next()?)?;
         let latch = FlushLatch::shared(page.clone(), at);
-        let volume = open_volume(disk, setup.vm, &keys, data, owner).map_err(defect(disk))?.latched(latch);
+        let volume = open_volume(disk, setup, &keys, data, owner).map_err(defect(disk))?.latched(latch);
         let export =
             Export::new(disk.disk, disk.target.clone(), disk.export, volume).with_serial(&disk.serial);
+        if !disk.read_only {
+            // Whoever has no host writes no owner block, and may pass anything for a header.
+            let header = header.take_if(|_| setup.host.is_some()).map(File::from);
+            let header = header.map(|file| FileStore::new(file, false)).transpose();
+            let header = header.map_err(|error| defect(disk)(DiskDefect::Header(error)))?;
+            let (target, volume) = (disk.target.clone(), export.volume().clone());
+            kept.push(Kept { disk: disk.disk, target, volume, header });
+        }
+        headers.extend(header);
         exports.push((export, listener));
     }
-    Ok(Prepared { vm: setup.vm, domain: setup.domain, control, policy, exports, headers, page })
+    let custody = Custody::new(setup.host, setup.waiting, page.clone(), kept);
+    Ok(Prepared { vm: setup.vm, domain: setup.domain, control, policy, exports, custody, headers, page })
 }
 
 fn defect(disk: &DiskSetup) -> impl Fn(DiskDefect) -> SetupError + use<> {
@@ -176,19 +198,21 @@ pub(crate) fn listener(fd: OwnedFd) -> Result<UnixListener, SetupError> {
 
 fn open_volume(
     disk: &DiskSetup,
-    vm: VmId,
+    setup: &Setup,
     keys: &KeyMemory,
     data: OwnedFd,
     owner: u32,
 ) -> Result<Volume, DiskDefect> {
     let layout = layout_of(disk)?;
     let cipher =
-        Cipher::new(keys.dek(disk, vm)?.data_key(), layout.unit as usize).map_err(DiskDefect::Key)?;
+        Cipher::new(keys.dek(disk, setup.vm)?.data_key(), layout.unit as usize).map_err(DiskDefect::Key)?;
     if RemoteStore::is_meant_by(&data) {
         if layout.grows {
             return Err(DiskDefect::Value("a volume behind a store helper cannot grow"));
         }
-        let store = RemoteStore::new(data, owner).map_err(|error| DiskDefect::Store(error.into()))?;
+        // Where another host has the lock no helper can have it.
+        let bytes = setup.waiting.then_some(layout.payload_offset + layout.presented);
+        let store = RemoteStore::new(data, owner, bytes).map_err(|error| DiskDefect::Store(error.into()))?;
         return Volume::new(Box::new(store), cipher, layout).map_err(DiskDefect::Volume);
     }
     let mut store = FileStore::new(File::from(data), disk.read_only).map_err(DiskDefect::Store)?;

@@ -74,6 +74,22 @@ pub trait Store: Send + Sync {
         None
     }
 
+    /// The file, where the bytes are in one.
+    fn file(&self) -> Option<&File> {
+        None
+    }
+
+    /// Takes the room from `from` to `to`, of which nothing is used yet.
+    fn reserve(&self, _from: u64, _to: u64) -> io::Result<()> {
+        Ok(())
+    }
+
+    /// Ends at `end` again, after [`Store::reserve`]. Best effort.
+    fn give_back(&self, _end: u64) {}
+
+    /// Forgets what was read before, for another host may have written since. Best effort.
+    fn forget_cached(&self) {}
+
     /// What memory and offsets must be multiples of. (1, 1) where the page cache is in between.
     fn alignment(&self) -> Alignment {
         Alignment::default()
@@ -226,12 +242,6 @@ impl FileStore {
         (buf.as_ptr() as usize).is_multiple_of(self.alignment.memory)
     }
 
-    /// Drops what the page cache holds, so that the next read comes from the medium. Best effort.
-    pub fn forget_cached(&self) {
-        // SAFETY: advice on an open descriptor; no memory is involved.
-        unsafe { libc::posix_fadvise(self.file.as_raw_fd(), 0, 0, libc::POSIX_FADV_DONTNEED) };
-    }
-
     /// Makes a regular file at least this long; a block device stays as it is.
     ///
     /// # Errors
@@ -353,6 +363,44 @@ impl Store for FileStore {
 
     fn ring_fd(&self) -> Option<BorrowedFd<'_>> {
         (!self.in_memory).then(|| self.file.as_fd())
+    }
+
+    fn file(&self) -> Option<&File> {
+        Some(&self.file)
+    }
+
+    /// A file takes the blocks and becomes longer; where it cannot take them first, writing will. A device that is
+    /// shorter has no space left.
+    fn reserve(&self, from: u64, to: u64) -> io::Result<()> {
+        if !self.file.metadata()?.is_file() {
+            let short = self.len()? < to;
+            return if short { Err(io::Error::from_raw_os_error(libc::ENOSPC)) } else { Ok(()) };
+        }
+        let range = |at: u64| libc::off_t::try_from(at).map_err(|_| io::ErrorKind::InvalidInput);
+        let (at, len) = (range(from)?, range(to - from)?);
+        loop {
+            // SAFETY: fallocate works on an open descriptor and takes no pointers.
+            if unsafe { libc::fallocate(self.file.as_raw_fd(), 0, at, len) } == 0 {
+                return Ok(());
+            }
+            let error = io::Error::last_os_error();
+            match error.raw_os_error() {
+                Some(libc::EINTR) => {}
+                Some(libc::EOPNOTSUPP | libc::ENOSYS) => return Ok(()),
+                _ => return Err(error),
+            }
+        }
+    }
+
+    fn give_back(&self, end: u64) {
+        if self.file.metadata().is_ok_and(|metadata| metadata.is_file()) {
+            let _ = self.file.set_len(end);
+        }
+    }
+
+    fn forget_cached(&self) {
+        // SAFETY: advice on an open descriptor; no memory is involved.
+        unsafe { libc::posix_fadvise(self.file.as_raw_fd(), 0, 0, libc::POSIX_FADV_DONTNEED) };
     }
 
     fn alignment(&self) -> Alignment {

@@ -12,7 +12,7 @@ use std::{
     io,
     sync::{
         Mutex, PoisonError,
-        atomic::{AtomicU64, Ordering},
+        atomic::{AtomicBool, AtomicU64, Ordering},
     },
 };
 
@@ -20,6 +20,7 @@ use vmseal_xts::Cipher;
 
 use crate::{
     flush_gate::FlushGate,
+    gate::{Gate, Way},
     latch::FlushLatch,
     store::{Alignment, Store},
 };
@@ -61,6 +62,9 @@ pub enum VolumeError {
     /// The volume is read-only.
     #[error("disk is read-only")]
     ReadOnly,
+    /// It is another process's to write.
+    #[error("the volume was handed over, or is not handed to this process yet: nothing is written")]
+    Fenced,
     /// The file system under the volume is full, or the file may not grow further.
     #[error("no space left for the volume")]
     NoSpace(#[source] io::Error),
@@ -100,6 +104,13 @@ pub struct Volume {
     /// None only in a benchmark's reference.
     cipher: Option<Cipher>,
     layout: Layout,
+    /// Bytes shown now; not fewer than at the start.
+    presented: AtomicU64,
+    /// Whether it is another process's to write.
+    fenced: AtomicBool,
+    gate: Gate,
+    /// Whether everything this process was ever told to write is durable, and it takes nothing more.
+    at_rest: AtomicBool,
     /// Whole units stored, in bytes from the payload's start.
     stored: AtomicU64,
     /// Held while the stored end moves.
@@ -134,19 +145,20 @@ impl Volume {
     }
 
     fn with(store: Box<dyn Store>, cipher: Option<Cipher>, layout: Layout) -> Result<Self, VolumeError> {
-        let stored = store.len()?.saturating_sub(layout.payload_offset).min(layout.presented);
-        let stored = stored - stored % layout.unit;
-        if !layout.grows && stored < layout.presented {
-            return Err(VolumeError::Truncated);
-        }
-        Ok(Self {
+        let volume = Self {
             store,
             cipher,
             layout,
-            stored: AtomicU64::new(stored),
+            presented: AtomicU64::new(layout.presented),
+            fenced: AtomicBool::new(false),
+            gate: Gate::default(),
+            at_rest: AtomicBool::new(false),
+            stored: AtomicU64::new(0),
             growth: Mutex::new(()),
             flushes: FlushGate::default(),
-        })
+        };
+        volume.remeasure()?;
+        Ok(volume)
     }
 
     /// Where its ciphertext lies.
@@ -159,9 +171,97 @@ impl Volume {
         self.store.alignment()
     }
 
-    /// How it is laid out.
-    pub fn layout(&self) -> &Layout {
-        &self.layout
+    /// How it is laid out, as of now.
+    pub fn layout(&self) -> Layout {
+        Layout { presented: self.presented_bytes(), ..self.layout }
+    }
+
+    /// Bytes shown now.
+    pub fn presented_bytes(&self) -> u64 {
+        self.presented.load(Ordering::Acquire)
+    }
+
+    /// What every request passes.
+    pub(crate) fn gate(&self) -> &Gate {
+        &self.gate
+    }
+
+    /// Opens or shuts the gate; a shut one may be one behind which everything is durable.
+    pub(crate) fn let_pass(&self, way: Way, at_rest: bool) {
+        self.at_rest.store(at_rest, Ordering::SeqCst);
+        self.gate.set(way);
+    }
+
+    /// Whether everything this process was ever told to write is durable, and it takes nothing more.
+    pub(crate) fn is_at_rest(&self) -> bool {
+        self.at_rest.load(Ordering::SeqCst)
+    }
+
+    /// Writes nothing from now on, or writes again.
+    pub(crate) fn set_fenced(&self, fenced: bool) {
+        self.fenced.store(fenced, Ordering::SeqCst);
+    }
+
+    /// Looks again how much is stored: another process may have written it.
+    ///
+    /// # Errors
+    ///
+    /// As [`Volume::new`].
+    pub(crate) fn remeasure(&self) -> Result<(), VolumeError> {
+        let _growing = self.growth.lock().unwrap_or_else(PoisonError::into_inner);
+        self.stored.store(self.measure()?, Ordering::Release);
+        Ok(())
+    }
+
+    /// Whole units stored, as the store has it.
+    fn measure(&self) -> Result<u64, VolumeError> {
+        let presented = self.presented_bytes();
+        let stored = self.store.len()?.saturating_sub(self.layout.payload_offset).min(presented);
+        let stored = stored - stored % self.layout.unit;
+        if !self.layout.grows && stored < presented {
+            return Err(VolumeError::Truncated);
+        }
+        Ok(stored)
+    }
+
+    /// Shows `bytes` instead of fewer. What is new reads as zeros, which are on the medium when this returns, unless the
+    /// store grows by itself: then there is nothing to be done.
+    ///
+    /// # Errors
+    ///
+    /// [`VolumeError::OutOfRange`] for fewer bytes, or a number that is not of whole units; otherwise the store's, and
+    /// everything is as before.
+    pub(crate) fn grow_to(&self, bytes: u64, before_it_shows: impl FnOnce()) -> Result<(), VolumeError> {
+        let before = self.presented_bytes();
+        if !bytes.is_multiple_of(self.layout.unit) || bytes < before {
+            return Err(VolumeError::OutOfRange);
+        }
+        if !self.layout.grows && bytes > before {
+            let (from, to) = (self.layout.payload_offset + before, self.layout.payload_offset + bytes);
+            let end = self.store.len()?.max(from);
+            let grown = self.store.reserve(from, to).map_err(VolumeError::from);
+            if let Err(error) = grown.and_then(|()| self.fill_with_zeros(before, bytes)) {
+                self.stored.store(before, Ordering::Release);
+                self.store.give_back(end);
+                return Err(error);
+            }
+        }
+        before_it_shows();
+        self.presented.store(bytes, Ordering::Release);
+        Ok(())
+    }
+
+    /// Beyond what is shown, where nobody else looks.
+    fn fill_with_zeros(&self, from: u64, to: u64) -> Result<(), VolumeError> {
+        let mut zeros = vec![0; (to - from).min(ZERO_CHUNK) as usize];
+        let mut at = from;
+        while at < to {
+            let piece = zeros.get_mut(..(to - at).min(ZERO_CHUNK) as usize).unwrap_or_default();
+            piece.fill(0);
+            self.encrypt_into(at, piece)?;
+            at += piece.len() as u64;
+        }
+        self.flush()
     }
 
     /// Bytes stored now.
@@ -353,7 +453,7 @@ impl Volume {
             return Err(VolumeError::Unaligned);
         }
         match offset.checked_add(len) {
-            Some(end) if end <= self.layout.presented => Ok(()),
+            Some(end) if end <= self.presented_bytes() => Ok(()),
             _ => Err(VolumeError::OutOfRange),
         }
     }
@@ -361,6 +461,9 @@ impl Volume {
     pub(crate) fn check_write(&self, offset: u64, len: u64) -> Result<(), VolumeError> {
         if self.layout.read_only {
             return Err(VolumeError::ReadOnly);
+        }
+        if self.fenced.load(Ordering::Relaxed) {
+            return Err(VolumeError::Fenced);
         }
         self.check(offset, len)
     }

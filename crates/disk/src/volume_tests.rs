@@ -238,3 +238,41 @@ proptest! {
         prop_assert!(model[stored.len()..].iter().all(|b| *b == 0));
     }
 }
+
+#[test]
+fn disk_that_is_shown_larger_holds_zeros_or_stays_as_it_was() {
+    let f = fixture(1 << 20, |layout| layout.grows = false);
+    f.volume.write((1 << 20) - 512, &mut [7; 512]).unwrap();
+    f.memory.full_at.store(BASE + (1 << 20) + (1 << 19), Ordering::Relaxed);
+    let told = AtomicBool::new(false);
+    let tell = || told.store(true, Ordering::Relaxed);
+    assert!(matches!(f.volume.grow_to(2 << 20, tell), Err(VolumeError::NoSpace(_))));
+    assert_eq!((f.volume.presented_bytes(), f.volume.stored_bytes()), (1 << 20, 1 << 20));
+    assert!(!told.load(Ordering::Relaxed), "the next worker was told of it");
+    assert!(matches!(f.volume.write(1 << 20, &mut [1; 512]), Err(VolumeError::OutOfRange)));
+    f.memory.full_at.store(0, Ordering::Relaxed);
+    let flushes = f.memory.flushes.load(Ordering::Relaxed);
+    f.volume.grow_to(2 << 20, tell).unwrap();
+    assert!(told.load(Ordering::Relaxed) && f.memory.flushes.load(Ordering::Relaxed) > flushes);
+    let plain = f.stored_plain();
+    assert!(plain.len() == 2 << 20 && plain[1 << 20..].iter().all(|byte| *byte == 0));
+    f.volume.write((2 << 20) - 512, &mut [1; 512]).unwrap();
+    for wrong in [1 << 20, (2 << 20) + 100] {
+        assert!(matches!(f.volume.grow_to(wrong, || panic!("told")), Err(VolumeError::OutOfRange)));
+    }
+}
+
+#[test]
+fn volume_that_is_another_processes_is_read_as_far_as_that_one_wrote_and_not_written() {
+    let f = fixture(4096, |_| {});
+    f.volume.set_fenced(true);
+    assert!(matches!(f.volume.write(0, &mut [1; 512]), Err(VolumeError::Fenced)));
+    assert!(matches!(f.volume.write_zeroes(0, 512), Err(VolumeError::Fenced)));
+    assert!(matches!(f.volume.discard(0, 512), Err(VolumeError::Fenced)));
+    f.memory.bytes.lock().unwrap().resize(BASE as usize + 8192 + 100, 0);
+    assert_eq!(f.volume.stored_bytes(), 4096);
+    f.volume.remeasure().unwrap();
+    assert_eq!(f.volume.stored_bytes(), 8192);
+    f.volume.set_fenced(false);
+    f.volume.write(0, &mut [1; 512]).unwrap();
+}

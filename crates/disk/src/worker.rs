@@ -92,8 +92,8 @@ fn serve(
     signals: &libc::sigset_t,
 ) -> i32 {
     // Headers stay open as long as this function runs, which is as long as the worker serves.
-    let Prepared { vm, domain, control, policy, exports, headers: _headers, page } = prepared;
-    let sandbox = match sandbox::enter(policy.directory(), Some(page)) {
+    let Prepared { vm, domain, control, policy, exports, custody, headers: _headers, page } = prepared;
+    let sandbox = match sandbox::enter(policy.directory(), Some(page.clone())) {
         Ok(sandbox) => sandbox,
         Err(error) => {
             return failed(format_args!("worker has no sandbox: {}", with_causes(&error)), EXIT_FAILED);
@@ -116,8 +116,12 @@ fn serve(
         keeper: Mutex::new(keeper_socket),
         sandbox,
         exports: served,
+        custody,
+        page,
     });
-    log::line(format_args!("serving {} disks of VM {vm} (domain {domain})", listeners.len()));
+    let phase = worker.custody.phase();
+    log::line(format_args!("{phase:?} with {} disks of VM {vm} (domain {domain})", listeners.len()));
+    worker.custody.watch();
     for (export, listener) in listeners {
         let policy = policy.clone();
         let name = format!("accept-{}", export.target());

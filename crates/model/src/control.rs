@@ -6,12 +6,18 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::id::{DiskId, DomainUuid, VmId};
+use crate::id::{DiskId, DomainUuid, HostId, VmId};
 
 /// Most bytes of a frame's JSON.
 pub const MAX_FRAME: usize = 1 << 20;
-/// Version of these frames.
-pub const CONTROL_VERSION: u32 = 1;
+/// Version of these frames. Since 2 a VM is handed over: a program that knows 1 only would serve what it must not.
+pub const CONTROL_VERSION: u32 = 2;
+/// The oldest version of a setup that is still served.
+pub const OLDEST_CONTROL_VERSION: u32 = 1;
+/// How long a VM stays drained if nobody says otherwise, and at most.
+pub const DRAINED_MS: u64 = 60_000;
+/// The longest that may be asked for.
+pub const MAX_DRAINED_MS: u64 = 600_000;
 /// Bytes of one key slot in the key memory: 96 of payload, the rest zero.
 pub const KEY_SLOT_BYTES: usize = 128;
 /// Most queues of a vhost-user disk. QEMU does not start with more than the back end has.
@@ -36,6 +42,13 @@ pub struct Setup {
     pub pid_file: String,
     /// Its disks.
     pub disks: Vec<DiskSetup>,
+    /// Whose name stands in owner blocks. Without it the VM cannot be handed over.
+    #[serde(default)]
+    pub host: Option<HostId>,
+    /// Whether the volumes are another process's still: their descriptors came without locks, nothing is written, and
+    /// requests wait for [`ControlRequest::Activate`].
+    #[serde(default)]
+    pub waiting: bool,
 }
 
 /// One volume and how it is presented.
@@ -152,6 +165,68 @@ pub enum ControlRequest {
     /// Go on from another program, whose file comes as a descriptor opened for reading. Clients connect again and send
     /// what was not answered; keys, descriptors and locks stay with the keeper, which stays the program it is.
     Upgrade,
+    /// Take nothing more of the guest, end what is under way, flush. Requests wait and do not fail. Goes on by itself
+    /// after a while if nothing else is asked.
+    Drain {
+        /// How long it may stay so, in milliseconds; 0: [`DRAINED_MS`].
+        #[serde(default)]
+        limit_ms: u64,
+    },
+    /// Say in the owner blocks that another host may take the volumes, and give the locks back. This process writes
+    /// nothing more.
+    HandOver {
+        /// Who may.
+        to: HostId,
+    },
+    /// Take what was handed to this host, and serve it.
+    Activate {
+        /// A host whose process has ended, as the asker vouches: what it holds is taken from it.
+        #[serde(default)]
+        ended: Option<HostId>,
+    },
+    /// Take back what nobody has taken, and go on.
+    Resume {
+        /// As for [`ControlRequest::Activate`].
+        #[serde(default)]
+        ended: Option<HostId>,
+    },
+    /// Show more bytes of a disk. Fewer are not possible while it is in use.
+    Resize {
+        /// Which.
+        disk: DiskId,
+        /// How many.
+        presented_bytes: u64,
+    },
+}
+
+/// What a disk process may do with its VM's volumes.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Phase {
+    /// Reads and writes.
+    #[default]
+    Serving,
+    /// They are another's; nothing is written.
+    Waiting,
+    /// Taking them; nothing is written yet.
+    Activating,
+    /// They are its own, and at rest.
+    Drained,
+    /// Giving them away; nothing is written any more.
+    HandingOver,
+    /// They were given away.
+    HandedOver,
+}
+
+/// A volume's owner block.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Ownership {
+    /// The disk.
+    pub disk: DiskId,
+    /// Its generation.
+    pub generation: u64,
+    /// Whether its lock is a store helper's, which the asker has to start and end.
+    pub lock_of_helper: bool,
 }
 
 /// What a worker answers.
@@ -165,6 +240,23 @@ pub enum ControlReply {
     /// To [`ControlRequest::Upgrade`]: sent before the worker makes room. Whether the new one serves is for
     /// [`ControlRequest::Status`] to say: a program that does not is replaced by the one before.
     Upgrading,
+    /// To [`ControlRequest::Drain`].
+    Drained,
+    /// To [`ControlRequest::HandOver`]: the blocks are on the disk, the locks given back.
+    HandedOver {
+        /// Volumes that are written.
+        disks: Vec<Ownership>,
+    },
+    /// To [`ControlRequest::Activate`] and [`ControlRequest::Resume`].
+    Serving {
+        /// Volumes that are written.
+        disks: Vec<Ownership>,
+    },
+    /// To [`ControlRequest::Resize`].
+    Resized {
+        /// What is shown now.
+        presented_bytes: u64,
+    },
     /// Not done.
     Refused {
         /// One line for the administrator.
@@ -190,6 +282,9 @@ pub struct DiskStatus {
     /// What walls stand around the worker.
     #[serde(default)]
     pub sandbox: SandboxStatus,
+    /// What it may do with its volumes.
+    #[serde(default)]
+    pub phase: Phase,
     /// Its disks.
     pub disks: Vec<ExportStatus>,
 }
@@ -222,6 +317,9 @@ pub struct ExportStatus {
     pub client_pid: i32,
     /// Bytes the volume holds now.
     pub stored_bytes: u64,
+    /// Bytes it shows now.
+    #[serde(default)]
+    pub presented_bytes: u64,
     /// Bytes read since this worker started.
     pub read_bytes: u64,
     /// Bytes written since this worker started.

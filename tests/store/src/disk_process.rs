@@ -94,7 +94,15 @@ impl DiskProcess {
         let disks = volumes.iter().zip(0..).map(|((volume, _), slot)| volume.setup(slot)).collect();
         let vm = volumes.first().expect("a volume").0.vm;
         let domain = DomainUuid::from_random(random_bytes().expect("randomness"));
-        let setup = Setup { version: CONTROL_VERSION, vm, domain, pid_file: String::new(), disks };
+        let setup = Setup {
+            version: CONTROL_VERSION,
+            vm,
+            domain,
+            pid_file: String::new(),
+            host: None,
+            waiting: false,
+            disks,
+        };
         let mut keys = SecretShare::create(volumes.len() * KEY_SLOT_BYTES).expect("secret memory");
         for (slot, (volume, _)) in volumes.iter().enumerate() {
             keys.as_mut_slice()[slot * KEY_SLOT_BYTES..][..96].copy_from_slice(&volume.payload);

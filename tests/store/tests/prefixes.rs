@@ -4,7 +4,7 @@
 use std::{collections::BTreeMap, fs::File};
 
 use vmseal_keys::random_bytes;
-use vmseal_luks::{HEADER_BYTES, Header, OwnerBlock, OwnerError, VmsealToken};
+use vmseal_luks::{HEADER_BYTES, Header, OwnerBlock, VmsealToken};
 use vmseal_model::id::{HostId, VmId};
 use vmseal_test_store::{
     crash_states::{CrashKind, CrashStates},
@@ -173,7 +173,7 @@ fn torn_token_write_leaves_a_header_with_the_old_or_the_new_token() {
 }
 
 #[test]
-fn torn_owner_block_is_the_old_or_the_new_one_or_says_that_it_is_damaged() {
+fn torn_owner_block_is_the_old_or_the_new_one() {
     let volume = Volume::make(vm(), Shape::fixed(512, 8 * BLOCK), &stamped(0, 8, 1));
     let base = volume.medium.all_bytes();
     let (_mounted, file) = mount(&volume, Caching::Pages);
@@ -182,7 +182,10 @@ fn torn_owner_block_is_the_old_or_the_new_one_or_says_that_it_is_damaged() {
     for host in [1, 2, 3u8] {
         let last = *blocks.last().unwrap();
         blocks.push(last.taken_by(HostId::from_bytes([host; 16])));
-        blocks.push(blocks[blocks.len() - 1].handing_over(HostId::from_bytes([host + 1; 16])));
+        blocks.push(
+            blocks[blocks.len() - 1]
+                .handed_over(HostId::from_bytes([host; 16]), HostId::from_bytes([host + 1; 16])),
+        );
         blocks.push(blocks[blocks.len() - 1].released());
     }
     for (number, block) in blocks.iter().enumerate().skip(1) {
@@ -190,23 +193,19 @@ fn torn_owner_block_is_the_old_or_the_new_one_or_says_that_it_is_damaged() {
         volume.medium.mark(number as u64);
     }
     let (log, _) = volume.medium.take_log();
-    let (mut whole, mut damaged) = (0, 0);
+    let mut states = 0;
     for state in CrashStates::new(base, &log, Random::new(3)) {
         assert!(volume.header_is_accepted(&state.image));
         let mark = state.mark as usize;
-        match OwnerBlock::read(&state.image.to_file().unwrap()) {
-            Ok(found) => {
-                let allowed = &blocks[mark..(mark + 2).min(blocks.len())];
-                assert!(allowed.contains(&found), "{found:?} after {mark}: {:?}", state.kind);
-                whole += 1;
-            }
-            // Without its first sector the very first one is no owner block at all.
-            Err(OwnerError::Checksum | OwnerError::Magic) => damaged += 1,
-            Err(error) => panic!("{error}: entry {}, {:?}", state.position, state.kind),
-        }
+        let found = OwnerBlock::read(&state.image.to_file().unwrap());
+        let found =
+            found.unwrap_or_else(|error| panic!("{error}: entry {}, {:?}", state.position, state.kind));
+        let allowed = &blocks[mark..(mark + 2).min(blocks.len())];
+        assert!(allowed.contains(&found), "{found:?} after {mark}: {:?}", state.kind);
+        states += 1;
     }
-    println!("owner block: {whole} whole, {damaged} damaged and known to be");
-    assert!(whole > 18 && damaged > 100, "{whole}, {damaged}");
+    println!("owner block: {states} legal states, each the block before or the new one");
+    assert!(states > 200, "{states}");
 }
 
 #[test]

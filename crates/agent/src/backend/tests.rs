@@ -2,7 +2,7 @@ use std::os::unix::net::UnixListener;
 
 use vmseal_model::{
     class::DiskClass,
-    control::SandboxStatus,
+    control::{Phase, SandboxStatus},
     id::{DiskId, HostId, VmId},
     state::InnerFormat,
 };
@@ -38,6 +38,7 @@ fn answer_once(backends: &Backends, vm: VmId, keeper_pid: i32) -> thread::JoinHa
         keeper_pid,
         secret_memory: "mlock".into(),
         sandbox: SandboxStatus::default(),
+        phase: Phase::default(),
         disks: Vec::new(),
     };
     thread::spawn(move || {

@@ -45,7 +45,7 @@ pub(super) fn negotiate(
                 return Err(NbdError::Protocol("unknown export, asked for in a way that allows no answer"));
             }
             let mut answer = export.volume().layout().presented.to_be_bytes().to_vec();
-            answer.extend(transmission_flags(export.volume().layout(), session).to_be_bytes());
+            answer.extend(transmission_flags(&export.volume().layout(), session).to_be_bytes());
             answer.resize(answer.len() + if no_zeroes { 0 } else { 124 }, 0);
             socket.write_all(&answer)?;
             return Ok(Some(session));
@@ -120,7 +120,7 @@ fn describe(query: &ExportQuery<'_>, export: &Export, session: Session, answers:
     let layout = export.volume().layout();
     let mut info = INFO_EXPORT.to_be_bytes().to_vec();
     info.extend(layout.presented.to_be_bytes());
-    info.extend(transmission_flags(layout, session).to_be_bytes());
+    info.extend(transmission_flags(&layout, session).to_be_bytes());
     answers.push(REP_INFO, &info);
     let mut info = INFO_BLOCK_SIZE.to_be_bytes().to_vec();
     for size in [layout.unit as u32, 4096, MAX_PAYLOAD] {

@@ -23,8 +23,9 @@ use super::{
 };
 use crate::{
     export::Export,
+    gate::Way,
     lane::{Done, EngineKind, Lane, Operation, Request as LaneRequest, Segment},
-    volume::VolumeError,
+    volume::{Volume, VolumeError},
 };
 
 /// Most extents in one answer; a client asks again from where they end.
@@ -53,6 +54,7 @@ pub(super) fn run(stream: &UnixStream, export: &Export, session: Session) -> Res
         output: Output::default(),
         calls: Slab::new(),
         buffers: Buffers::default(),
+        held: None,
     };
     connection.serve()
 }
@@ -77,6 +79,8 @@ struct Connection<'a> {
     output: Output,
     calls: Slab<Call>,
     buffers: Buffers,
+    /// A request of which the head was taken, and that waits for the volume's gate.
+    held: Option<Request>,
 }
 
 impl Connection<'_> {
@@ -110,14 +114,23 @@ impl Connection<'_> {
 
     /// Takes up what was received; false if the client wants to end.
     fn take_requests(&mut self) -> Result<bool, NbdError> {
-        while self.lane.has_room() && self.buffers.has_room() {
-            let Some(bytes) = self.input.take::<REQUEST_BYTES>() else { break };
-            let Some(request) = Request::parse(&bytes) else {
-                return Err(NbdError::Protocol("wrong magic before a request"));
+        while self.buffers.has_room() && !self.lane.is_full() {
+            let request = match self.held.take() {
+                Some(request) => request,
+                None => {
+                    let Some(bytes) = self.input.take::<REQUEST_BYTES>() else { break };
+                    let parsed = Request::parse(&bytes);
+                    parsed.ok_or(NbdError::Protocol("wrong magic before a request"))?
+                }
             };
-            match request.check(self.export.volume().layout(), self.session) {
+            match request.check(&self.export.volume().layout(), self.session) {
                 Ok(Command::Disconnect) => return Ok(false),
-                Ok(command) => self.take_up(request, command)?,
+                Ok(command) if self.lane.has_room() => self.take_up(request, command)?,
+                Ok(command) if passes(self.export.volume(), command) => self.take_beside(request, command)?,
+                Ok(_) => {
+                    self.held = Some(request);
+                    break;
+                }
                 Err(errno) => {
                     self.skip_payload(&request)?;
                     self.error_reply(&request, errno);
@@ -131,6 +144,27 @@ impl Connection<'_> {
             }
         }
         Ok(true)
+    }
+
+    /// Takes up what may be done while the volume's gate is not open.
+    fn take_beside(&mut self, request: Request, command: Command) -> Result<(), NbdError> {
+        if command == Command::Flush {
+            self.simple_reply(request.cookie, 0);
+            return Ok(());
+        }
+        if !self.lane.has_room_for(Way::Reading) {
+            self.held = Some(request);
+            return Ok(());
+        }
+        // Another process writes there, maybe on another host.
+        self.export.volume().store().forget_cached();
+        match self.export.volume().remeasure() {
+            Ok(()) => self.take_up(request, command),
+            Err(error) => {
+                self.error_reply(&request, errno(&error));
+                Ok(())
+            }
+        }
     }
 
     fn skip_payload(&mut self, request: &Request) -> Result<(), NbdError> {
@@ -315,6 +349,16 @@ impl Connection<'_> {
     /// Waits for the next thing to do: bytes of the client, or something that is done.
     fn hear(&mut self) -> Result<Heard, NbdError> {
         if self.calls.is_empty() {
+            self.lane.rest();
+            if let Some(request) = &self.held {
+                self.buffers.release();
+                let command = request.check(&self.export.volume().layout(), self.session);
+                let goes_on = |volume: &Volume| {
+                    command.is_err() || command.is_ok_and(|command| passes(volume, command))
+                };
+                let opened = self.lane.wait_for_gate(self.stream, goes_on);
+                return Ok(if opened { Heard::Nothing } else { Heard::End });
+            }
             if self.buffers.keep_much() && !readable(self.stream, IDLE_MS) {
                 self.buffers.release();
             }
@@ -333,6 +377,18 @@ impl Connection<'_> {
         self.lane.wait()?;
         while self.lane.next_ready().is_some() {}
         Ok(Heard::Nothing)
+    }
+}
+
+/// Whether a request may be carried out now, as far as the volume's gate goes. A client that ends while its disk is another's
+/// flushes once more, and must not wait for it: nothing of it is left to be flushed.
+fn passes(volume: &Volume, command: Command) -> bool {
+    let way = volume.gate().way();
+    match command {
+        Command::Read | Command::BlockStatus { .. } => way >= Way::Reading,
+        Command::Flush => way == Way::Open || volume.is_at_rest(),
+        Command::Write { .. } | Command::WriteZeroes { .. } | Command::Trim { .. } => way == Way::Open,
+        Command::Disconnect => true,
     }
 }
 
@@ -363,6 +419,6 @@ fn errno(error: &VolumeError) -> u32 {
         VolumeError::ReadOnly => EPERM,
         VolumeError::NoSpace(_) => ENOSPC,
         VolumeError::Io(error) if error.raw_os_error() == Some(libc::ENOMEM) => ENOMEM,
-        VolumeError::FlushFailed | VolumeError::Truncated | VolumeError::Io(_) => EIO,
+        VolumeError::FlushFailed | VolumeError::Truncated | VolumeError::Fenced | VolumeError::Io(_) => EIO,
     }
 }

@@ -5,6 +5,7 @@
 //! something for us, and the lane waits for it as for its own completions.
 
 use std::{
+    collections::VecDeque,
     fs::File,
     io,
     os::fd::{AsFd, AsRawFd, BorrowedFd},
@@ -51,6 +52,8 @@ pub(super) struct Queue<'a> {
     _bell: Bell,
     descriptions: Descriptions,
     memory: &'a Aligned,
+    /// What the driver asked for and was not begun: the volume's gate is shut.
+    waiting: VecDeque<u16>,
     /// What is being done with each tag.
     asked: Vec<Option<(Operation, u64)>>,
     /// Bytes of each tag's memory that were in use since it was given back.
@@ -90,6 +93,7 @@ impl<'a> Queue<'a> {
             _bell: bell,
             descriptions,
             memory,
+            waiting: VecDeque::with_capacity(depth),
             asked: vec![None; depth],
             touched: vec![0; depth],
             touched_bytes: 0,
@@ -116,6 +120,7 @@ impl<'a> Queue<'a> {
                 self.enter()?;
                 self.take_up()?;
             }
+            self.begin_waiting()?;
             // A store in memory does everything at once.
             self.answer()?;
             if service.is_told() || self.ended == self.offer.depth {
@@ -125,7 +130,8 @@ impl<'a> Queue<'a> {
             if self.pending > 0 {
                 continue;
             }
-            if self.touched_bytes > KEPT_BYTES && self.lane.in_flight() == 0 {
+            // What waits has its data there already.
+            if self.touched_bytes > KEPT_BYTES && self.waiting.is_empty() && self.lane.in_flight() == 0 {
                 self.memory.release();
                 self.touched.fill(0);
                 self.touched_bytes = 0;
@@ -185,13 +191,13 @@ impl<'a> Queue<'a> {
         unsafe { self.memory.base().add(usize::from(tag) * self.offer.max_io_bytes as usize) }
     }
 
-    /// Takes requests from the driver and gives them to the lane.
+    /// Takes requests from the driver.
     fn take_up(&mut self) -> Result<(), UblkError> {
         loop {
             let Some(news) = self.uring.completion().next() else { return Ok(()) };
             let (tag, result) = (news.user_data() as u16, news.result());
             match result {
-                0 => self.begin(tag)?,
+                0 => self.waiting.push_back(tag),
                 ABORT => self.ended += 1,
                 error => {
                     let source = io::Error::from_raw_os_error(-error);
@@ -199,6 +205,16 @@ impl<'a> Queue<'a> {
                 }
             }
         }
+    }
+
+    /// Begins what the driver asked for, as long as the volume's gate is open; a wait ends when it opens.
+    fn begin_waiting(&mut self) -> Result<(), UblkError> {
+        while !self.waiting.is_empty() && self.lane.has_room() {
+            if let Some(tag) = self.waiting.pop_front() {
+                self.begin(tag)?;
+            }
+        }
+        Ok(())
     }
 
     fn begin(&mut self, tag: u16) -> Result<(), UblkError> {
@@ -320,6 +336,8 @@ fn errno(error: &VolumeError) -> i32 {
         VolumeError::ReadOnly => libc::EPERM,
         VolumeError::NoSpace(_) => libc::ENOSPC,
         VolumeError::Io(error) if error.raw_os_error() == Some(libc::ENOMEM) => libc::ENOMEM,
-        VolumeError::FlushFailed | VolumeError::Truncated | VolumeError::Io(_) => libc::EIO,
+        VolumeError::FlushFailed | VolumeError::Truncated | VolumeError::Fenced | VolumeError::Io(_) => {
+            libc::EIO
+        }
     }
 }

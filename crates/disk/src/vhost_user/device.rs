@@ -241,7 +241,7 @@ impl Device {
     }
 
     fn offered(&self) -> u64 {
-        features::offered(self.shared.export.volume().layout())
+        features::offered(&self.shared.export.volume().layout())
     }
 
     fn set_features(&mut self, accepted: u64) -> Result<(), DeviceError> {
@@ -260,7 +260,7 @@ impl Device {
     }
 
     fn get_config(&self, offset: u32, len: u32, flags: u32) -> Answer {
-        let space = config::space(self.shared.export.volume().layout(), self.writeback);
+        let space = config::space(&self.shared.export.volume().layout(), self.writeback);
         // Without payload: the front end takes it for an error.
         let part = config::read(&space, offset, len).unwrap_or_default();
         let mut body = Vec::with_capacity(12 + part.len());

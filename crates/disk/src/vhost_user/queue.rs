@@ -23,6 +23,7 @@ use super::{
 use crate::{
     export::Export,
     flush_gate::Bell,
+    gate::Way,
     lane::{Done, Lane, Operation, Request, Segment},
     volume::VolumeError,
 };
@@ -199,6 +200,11 @@ impl Running {
         self.queue.ring.resume_at(used.wrapping_add(heads.len() as u16));
         for head in heads {
             while !self.queue.lane.has_room() {
+                // What a process that died had begun can neither be done now nor be given back undone. The front end comes
+                // back, and begins it again behind an open gate.
+                if self.queue.stop.ordered.load(Ordering::Acquire) && self.queue.lane.way() != Way::Open {
+                    return Err(QueueError::Io(io::ErrorKind::WouldBlock.into()));
+                }
                 self.queue.lane.wait()?;
                 self.give_back()?;
             }

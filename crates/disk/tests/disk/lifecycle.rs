@@ -218,8 +218,12 @@ fn setup_of_another_version_or_with_missing_descriptors_is_refused() {
     for (setup, expected) in [
         (r#"{"version":1}"#, "cannot be read"),
         (
-            r#"{"version":2,"vm":"00000000000000000000000000000001","domain":"00000000000000000000000000000001","pid_file":"","disks":[]}"#,
-            "version 2",
+            r#"{"version":3,"vm":"00000000000000000000000000000001","domain":"00000000000000000000000000000001","pid_file":"","disks":[]}"#,
+            "version 3",
+        ),
+        (
+            r#"{"version":2,"vm":"00000000000000000000000000000001","domain":"00000000000000000000000000000001","pid_file":"","disks":[],"waiting":true}"#,
+            "does not say which host",
         ),
         (
             r#"{"version":1,"vm":"00000000000000000000000000000001","domain":"00000000000000000000000000000001","pid_file":"","disks":[]}"#,

@@ -7,19 +7,24 @@ mod footprint;
 mod growth;
 mod guest;
 mod guest_fio;
+mod handover;
 mod hostile;
 mod identity;
 mod interop;
 mod jobs;
 mod latch;
 mod lifecycle;
+mod loop_device;
 mod memory;
+mod migration;
 mod nbd_client;
 mod nbd_tls;
 mod nbd_tls_hostile;
 mod peers;
+mod qemu;
 mod remote;
 mod remote_fio;
+mod resize;
 mod rig;
 #[expect(unreachable_pub, reason = "public where it comes from")]
 #[path = "../../../../tests/e2e/src/round_keys.rs"]

@@ -27,6 +27,7 @@ use vmseal_model::store_helper::{MAX_BATCH, MESSAGE_BYTES, StoreMessage, StoreOp
 
 use crate::{
     crash::writer,
+    handover::{activate_all, hand_over_all, host, resume},
     nbd_client::{Client, FUA},
     rig::{BINARY, MIB, Plan, Rig, Scratch, Spec, kill, pattern},
     tools::{fails, ok},
@@ -463,4 +464,41 @@ fn of_two_owners_one_writes() {
          under way each ({landed} had landed before, {kept_out} were refused after); {:?}",
         began.elapsed()
     );
+}
+
+#[test]
+fn volume_in_ceph_changes_hands_with_its_lock() {
+    let Some(ceph) = Ceph::start() else { return };
+    let mut plan = plan(&ceph, 8 * MIB);
+    plan.host = Some(host(1));
+    let helper = Helper::start(&ceph, &plan.scratch.path("store.sock"), None);
+    let mut there = plan.elsewhere(host(2), true);
+    let store = there.scratch.path("store.sock");
+    there.disks[0].store = Some(packet_listener(&store));
+    let (source, destination) = (plan.start(), there.start());
+    let mut client = Client::connect(&source.disk().socket).unwrap();
+    client.write(MIB, &pattern(1, 65536), 0).unwrap();
+    // It shows its size although it cannot have a helper yet: the image has one lock.
+    assert_eq!(Client::connect(&destination.disk().socket).unwrap().size, 8 * MIB);
+    assert_eq!(Starting::new(&ceph, &store, None).decide().err(), Some(Some(3)));
+    assert!(activate_all(&destination).unwrap_err().contains("store helper is not connected"));
+    let given = hand_over_all(&source, host(2)).unwrap();
+    assert!(given.iter().all(|disk| disk.lock_of_helper && disk.generation == 1), "{given:?}");
+    assert!(activate_all(&destination).unwrap_err().contains("store helper is not connected"));
+    helper.end();
+    let _helper = Helper::start(&ceph, &store, None);
+    let deadline = Instant::now() + Duration::from_secs(20);
+    let taken = loop {
+        // It says that it has the lock, and connects.
+        match activate_all(&destination) {
+            Ok(taken) => break taken,
+            Err(why) => assert!(why.contains("not connected") && Instant::now() < deadline, "{why}"),
+        }
+    };
+    assert!(taken.iter().all(|disk| disk.lock_of_helper && disk.generation == 2), "{taken:?}");
+    assert!(resume(&source, None).unwrap_err().contains("store helper is not connected"));
+    let mut client = Client::connect(&destination.disk().socket).unwrap();
+    assert!(client.read(MIB, 65536).unwrap() == pattern(1, 65536));
+    client.write(2 * MIB, &pattern(2, 65536), FUA).unwrap();
+    assert!(client.read(2 * MIB, 65536).unwrap() == pattern(2, 65536));
 }

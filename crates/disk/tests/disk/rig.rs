@@ -24,7 +24,7 @@ use vmseal_model::{
         CONTROL_VERSION, ControlReply, ControlRequest, DiskSetup, DiskStatus, ExportKind, KEY_SLOT_BYTES,
         SETUP_FD, Setup,
     },
-    id::{DiskId, DomainUuid, VmId},
+    id::{DiskId, DomainUuid, HostId, VmId},
 };
 use vmseal_xts::Cipher;
 
@@ -103,6 +103,8 @@ pub(crate) struct Disk {
     pub(crate) payload: [u8; 96],
     /// Where a store's helper connects to; takes the file's place.
     pub(crate) store: Option<OwnedFd>,
+    /// Its detached header, where that is a real one.
+    pub(crate) header: Option<PathBuf>,
 }
 
 impl Disk {
@@ -134,7 +136,15 @@ impl Disk {
             export: ExportKind::default(),
             serial: String::new(),
         };
-        Self { id, setup, file, socket: directory.join(format!("{target}.sock")), payload, store: None }
+        Self {
+            id,
+            setup,
+            file,
+            socket: directory.join(format!("{target}.sock")),
+            payload,
+            store: None,
+            header: None,
+        }
     }
 
     pub(crate) fn open(&self) -> File {
@@ -208,6 +218,10 @@ pub(crate) struct Plan {
     pub(crate) vm: VmId,
     pub(crate) disks: Vec<Disk>,
     pub(crate) pid_file: String,
+    /// Whose name goes into owner blocks.
+    pub(crate) host: Option<HostId>,
+    /// Whether it waits for volumes that are another's.
+    pub(crate) waiting: bool,
 }
 
 impl Plan {
@@ -222,7 +236,22 @@ impl Plan {
                 Disk::make(&scratch.0, &target, i as u32, vm, spec)
             })
             .collect();
-        Self { scratch, vm, disks, pid_file: String::new() }
+        Self { scratch, vm, disks, pid_file: String::new(), host: None, waiting: false }
+    }
+
+    /// The same VM in another process: its files and keys, and sockets of its own.
+    pub(crate) fn elsewhere(&self, host: HostId, waiting: bool) -> Self {
+        let scratch = Scratch::new();
+        let disks = self.disks.iter().map(|disk| Disk {
+            setup: disk.setup.clone(),
+            file: disk.file.clone(),
+            header: disk.header.clone(),
+            socket: scratch.path(&format!("{}.sock", disk.setup.target)),
+            store: None,
+            ..*disk
+        });
+        let disks = disks.collect();
+        Self { scratch, vm: self.vm, disks, pid_file: String::new(), host: Some(host), waiting }
     }
 
     /// Starts a keeper with it.
@@ -238,6 +267,8 @@ impl Plan {
             domain: DomainUuid::from_random(random_bytes().unwrap()),
             pid_file: self.pid_file.clone(),
             disks: self.disks.iter().map(|disk| disk.setup.clone()).collect(),
+            host: self.host,
+            waiting: self.waiting,
         };
         let keys = key_memory(&self.disks);
         let control = UnixListener::bind(self.scratch.path("control.sock")).unwrap();
@@ -246,8 +277,15 @@ impl Plan {
             .disks
             .iter()
             .map(|disk| {
-                let header = disk.setup.detached_header.then(|| File::open("/dev/null").unwrap());
-                (disk.open(), header, UnixListener::bind(&disk.socket).unwrap())
+                let header = disk.setup.detached_header.then(|| match &disk.header {
+                    Some(path) => OpenOptions::new().read(true).write(true).open(path).unwrap(),
+                    None => File::open("/dev/null").unwrap(),
+                });
+                let data = disk.open();
+                if self.host.is_some() && !self.waiting && disk.store.is_none() {
+                    assert!(lock(&data, header.as_ref()), "a disk that is to be started is locked");
+                }
+                (data, header, UnixListener::bind(&disk.socket).unwrap())
             })
             .collect();
         let mut fds: Vec<BorrowedFd<'_>> = vec![keys.as_fd(), control.as_fd(), directory.as_fd()];
@@ -330,6 +368,22 @@ impl Drop for Rig {
             let _ = std::io::stderr().write_all(self.log().as_bytes());
         }
     }
+}
+
+/// Takes a volume as the agent does: its owner block's bytes and those that QEMU looks at. False if somebody has one.
+pub(crate) fn lock(data: &File, header: Option<&File>) -> bool {
+    let set = |file: &File, command, kind: i32, start, len| {
+        // SAFETY: all-zero is a valid flock; l_pid must be zero for OFD commands.
+        let mut lock: libc::flock = unsafe { std::mem::zeroed() };
+        (lock.l_type, lock.l_start, lock.l_len) = (kind as libc::c_short, start, len);
+        // SAFETY: `lock` outlives the call.
+        let done = unsafe { libc::fcntl(file.as_raw_fd(), command, &raw mut lock) } == 0;
+        done && (command == libc::F_OFD_SETLK || i32::from(lock.l_type) == libc::F_UNLCK)
+    };
+    set(data, libc::F_OFD_SETLK, libc::F_WRLCK, 15 << 20, 4096)
+        && header.is_none_or(|header| set(header, libc::F_OFD_SETLK, libc::F_WRLCK, 15 << 20, 4096))
+        && [100, 200].into_iter().all(|at| set(data, libc::F_OFD_SETLK, libc::F_RDLCK, at, 4))
+        && [100, 200].into_iter().all(|at| set(data, libc::F_OFD_GETLK, libc::F_WRLCK, at, 4))
 }
 
 pub(crate) fn kill(pid: i32, signal: i32) {

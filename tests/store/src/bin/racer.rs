@@ -37,7 +37,7 @@ fn run() -> Result<(), Box<dyn std::error::Error>> {
     let number: u8 = number.parse()?;
     say("ready");
     order("go")?;
-    let open = match volume::open_locked(Path::new(path), None, &record, &dek, "vda", 0, false) {
+    let mut open = match volume::open_locked(Path::new(path), None, &record, &dek, "vda", 0, false) {
         Ok(open) => open,
         Err(volume::VolumeError::Locked { lock: LockError::InUse { .. }, .. }) => {
             say("refused");
@@ -46,7 +46,7 @@ fn run() -> Result<(), Box<dyn std::error::Error>> {
         Err(error) => return Err(error.into()),
     };
     say("held");
-    open.hold(HostId::from_bytes([number; 16]))?;
+    open.hold(Some(HostId::from_bytes([number; 16])))?;
     for _ in 0..2 {
         order("write")?;
         for block in 0..BLOCKS {

@@ -56,6 +56,8 @@ impl Stage {
             version: CONTROL_VERSION,
             vm,
             domain: id(DomainUuid::from_random),
+            host: None,
+            waiting: false,
             pid_file: String::new(),
             disks: vec![DiskSetup {
                 disk,
