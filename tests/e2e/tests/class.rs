@@ -1,4 +1,5 @@
-//! A disk of class `fast`: QEMU gets it by vhost-user-blk, the guest notices nothing, and it can be changed back.
+//! A disk of class `fast`: QEMU gets it by vhost-user-blk, the guest notices nothing, and it can be changed back. And
+//! what `auto` is where the kernel has no ublk.
 
 use vmseal_e2e::{house::House, lab::Lab, rounds, shell, writer};
 
@@ -97,6 +98,62 @@ fn fast_disk_survives_its_worker_and_can_become_compatible() {
     };
     // libvirt keeps the addresses it gave, and leaves out nothing that was there.
     assert_eq!(sorted(&definition(&house, &["--inactive"])), sorted(&clear));
+}
+
+#[test]
+fn auto_is_nbd_where_the_kernel_has_no_ublk_and_a_block_device_is_refused_there() {
+    if std::path::Path::new("/dev/ublk-control").exists() {
+        eprintln!("skipped: this kernel has ublk");
+        return;
+    }
+    let house = House::start(Lab::for_test("ublk"));
+    let guest = house.guest("worker", &[("vda", "8M", "raw")]);
+    house.define(&guest);
+    house.must_vmseal(&["vm", "encrypt", "worker", "--class", "auto"]);
+    let shown = house.must_vmseal(&["disk", "show", "worker", "vda"]).stdout;
+    let disk = house.json(&["disk", "show", "worker", "vda"]);
+    let why = disk["why"].as_str().unwrap_or_default();
+    assert!(why.starts_with("its host has no ublk: ") && !why.ends_with(": "), "{disk}");
+    assert_eq!((&disk["class"], &disk["asked"]), (&"compatible".into(), &"auto".into()), "{disk}");
+    assert!(shown.contains(&format!("asked for: auto\nbecause: {why}\n")), "{shown}");
+    let hosts = house.json(&["host", "list"]);
+    let host = &vmseal_e2e::house::items(&hosts)[0];
+    assert_eq!(host["capabilities"]["ublk"], false, "{host}");
+    assert_eq!(host["capabilities"]["vhost_user"], true, "{host}");
+
+    // A definition from a host that has it, or by hand.
+    let id = disk["id"].as_str().expect("an encrypted disk has an id");
+    let text = house.libvirtd.must_virsh(&["dumpxml", "--inactive", "worker"]);
+    let (from, to) = (text.find("<source protocol").expect("NBD"), text.find("</source>").expect("NBD"));
+    let device =
+        format!("{}<source dev='/dev/vmseal/{id}'/>{}", &text[..from], &text[to + "</source>".len()..]);
+    let device = device.replace("<disk type='network'", "<disk type='block'");
+    let file = house.lab.state.join("device.xml");
+    std::fs::write(&file, device).expect("own folder");
+    house.libvirtd.must_virsh(&["define", vmseal_e2e::house::path(&file)]);
+    let refused = house.libvirtd.virsh(&["start", "worker"]);
+    assert!(!refused.ok(), "{}", refused.all());
+    for part in [
+        "VM 'worker' does not start: disk vda gets no block device (ublk): ",
+        "vmseal disk set --class compatible worker vda",
+    ] {
+        assert!(refused.stderr.contains(part), "{}", refused.stderr);
+    }
+    let sockets = std::fs::read_dir(&house.lab.run).expect("own folder");
+    let left = sockets.flatten().filter(|entry| entry.file_name().to_string_lossy().starts_with("libvirt-"));
+    assert_eq!(left.count(), 0, "nothing is left behind");
+    shell::until("the server hears of it", std::time::Duration::from_secs(20), || {
+        house.json(&["disk", "show", "worker", "vda"])["class"] == "ublk"
+    });
+    let shown = house.must_vmseal(&["disk", "show", "worker", "vda"]).stdout;
+    assert!(shown.contains("needs: the kernel's ublk driver") && !shown.contains("because"), "{shown}");
+
+    // What it said to do helps.
+    house.must_vmseal(&["disk", "set", "--class", "compatible", "worker", "vda"]);
+    let mut console = house.boot(&guest);
+    assert!(seen(&mut console, "vda").ends_with("8388608 VS-vda"), "{}", seen(&mut console, "vda"));
+    house.power_off(&guest, &mut console);
+    house.must_vmseal(&["disk", "set", "--class", "auto", "worker", "vda"]);
 }
 
 fn kill(pid: i32) {
