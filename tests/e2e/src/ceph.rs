@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use crate::{lab::Lab, shell};
 
-/// A cluster, ended when dropped.
+/// A cluster, ended when dropped: before its lab, whose folder says which processes those are.
 #[derive(Debug)]
 pub struct Ceph(PathBuf);
 

@@ -7,9 +7,8 @@ use vmseal_e2e::{ceph::Ceph, house::House, lab::Lab, rounds, shell, writer};
 
 #[test]
 fn guest_on_rbd_sees_no_error_when_its_helper_is_killed() {
-    let lab = Lab::for_test("rbd");
-    let Some(ceph) = Ceph::start(&lab) else { return };
-    let mut house = House::bare(lab);
+    let mut house = House::bare(Lab::for_test("rbd"));
+    let Some(ceph) = Ceph::start(&house.lab) else { return };
     house.know_ceph(&ceph.conf());
     house.start_server();
     house.create_provider("main");
