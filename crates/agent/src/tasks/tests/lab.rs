@@ -209,8 +209,9 @@ pub(crate) fn decrypt(targets: &[&str], source: SourceFate) -> Work {
 pub(crate) fn sha256(path: &Path) -> String {
     let mut bytes = fs::read(path).unwrap();
     if bytes.starts_with(b"LUKS") {
-        let owner = vmseal_luks::OWNER_BLOCK_OFFSET as usize;
-        bytes[owner..owner + vmseal_luks::OWNER_BLOCK_LEN].fill(0);
+        for place in [vmseal_luks::OWNER_BLOCK_OFFSET, vmseal_luks::OWNER_COPY_OFFSET] {
+            bytes[place as usize..][..vmseal_luks::OWNER_BLOCK_LEN].fill(0);
+        }
     }
     let digest = aws_lc_rs::digest::digest(&aws_lc_rs::digest::SHA256, &bytes);
     crate::volume::hex(digest.as_ref())
