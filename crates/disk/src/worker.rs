@@ -120,7 +120,7 @@ fn serve(
         page,
     });
     let phase = worker.custody.phase();
-    log::line(format_args!("{phase:?} with {} disks of VM {vm} (domain {domain})", listeners.len()));
+    log::line(format_args!("{phase}: {} disks of VM {vm} (domain {domain})", listeners.len()));
     worker.custody.watch();
     for (export, listener) in listeners {
         let policy = policy.clone();

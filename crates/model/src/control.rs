@@ -4,6 +4,8 @@
 //! travel with its first byte (SCM_RIGHTS). Two sockets speak it: the *setup* socket a keeper or a job is born with
 //! (fd 3), and the VM's `control.sock`. Format: `docs/formats/disk-control.md`.
 
+use std::fmt;
+
 use serde::{Deserialize, Serialize};
 
 use crate::id::{DiskId, DomainUuid, HostId, VmId};
@@ -216,6 +218,19 @@ pub enum Phase {
     HandingOver,
     /// They were given away.
     HandedOver,
+}
+
+impl fmt::Display for Phase {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Serving => "serving",
+            Self::Waiting => "waiting",
+            Self::Activating => "activating",
+            Self::Drained => "drained",
+            Self::HandingOver => "handing over",
+            Self::HandedOver => "handed over",
+        })
+    }
 }
 
 /// A volume's owner block.
