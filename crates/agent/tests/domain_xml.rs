@@ -202,7 +202,8 @@ fn rbd_disk_comes_back_with_its_monitors_and_the_name_of_its_secret() {
         );
         let mut xml = before.clone();
         // Through both classes, as `disk set --class` does it.
-        for class in [DiskClass::Compatible, DiskClass::Fast, DiskClass::Compatible, DiskClass::Fast] {
+        use DiskClass::{Compatible, Fast, Ublk};
+        for class in [Compatible, Fast, Ublk, Compatible, Ublk, Fast] {
             let aside = xml.encrypt_disk("vda", &EncryptedSource { class, ..fast_source() }).unwrap();
             let shown = xml.to_xml();
             assert!(!shown[shown.find("<disk").unwrap()..].contains("auth"), "{shown}");

@@ -1,4 +1,4 @@
-//! The process of a keeper or a warden: a handle that never means another process, although its pid may be given away again.
+//! A process of ours, such as a keeper: a handle that never means another one, although its pid may be given away again.
 //!
 //! A pid in, a pidfd kept. Only processes of the user they run as are taken on trust from a pid that somebody told us,
 //! since the handle can kill.

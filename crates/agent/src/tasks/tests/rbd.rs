@@ -13,7 +13,7 @@ use vmseal_model::{
     class::ClassChoice, id::HostId, refusal::Code, state::InnerFormat, task::SourceFate, task::TaskState,
 };
 
-use super::lab::{DOMAIN, Lab, crash_at_name, decrypt, encrypt, key, noise};
+use super::lab::{DOMAIN, Lab, crash_at_name, decrypt, encrypt, hosts, key, noise};
 use crate::{
     domain_xml::DiskSource,
     rbd::{Location, Served, Tool},
@@ -182,7 +182,7 @@ fn new_disk_on_rbd_is_thin_only_in_its_header_and_reads_zeros() {
         bytes: 2 << 20,
         key: key(),
         class: ClassChoice::Auto,
-        hosts: Default::default(),
+        hosts: hosts(),
     };
     let told = lab.run(work("rbd:rbd/data", InnerFormat::Qcow2));
     assert_eq!((told.state, told.code), (TaskState::Failed, Some(Code::UnsupportedDisk)), "{told:?}");
