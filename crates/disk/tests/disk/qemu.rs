@@ -84,10 +84,12 @@ impl Qemu {
     /// What QMP answers: what it returns, or its error.
     pub(crate) fn ask(&mut self, command: &str, arguments: Value) -> Result<Value, String> {
         let line = json!({ "execute": command, "arguments": arguments }).to_string();
-        writeln!(self.monitor.get_mut(), "{line}").unwrap();
+        self.monitor.get_mut().write_all(line.as_bytes()).unwrap();
         loop {
             let mut line = String::new();
-            assert!(self.monitor.read_line(&mut line).unwrap() > 0, "QEMU has ended");
+            if self.monitor.read_line(&mut line).unwrap() == 0 {
+                panic!("QEMU has ended ({:?}) before it answered {command}", self.process.wait());
+            }
             let mut answer: Value = serde_json::from_str(&line).unwrap();
             if let Some(result) = answer.get_mut("return") {
                 return Ok(result.take());
@@ -146,10 +148,10 @@ impl Qemu {
         }
     }
 
-    /// Ends it as libvirt does.
+    /// Ends it as libvirt does. It may be gone before it has answered, or taken the end of the line.
     pub(crate) fn quit(mut self) {
-        let _ = self.ask("quit", json!({}));
-        self.process.wait().unwrap();
+        let _ = self.monitor.get_mut().write_all(b"{\"execute\":\"quit\"}");
+        assert!(self.process.wait().unwrap().success());
     }
 }
 
