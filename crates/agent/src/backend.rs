@@ -305,9 +305,9 @@ impl Backends {
         }
         tracing::info!(domain = %plan.domain, keeper = process.pid(), "took on the disk process of VM '{}'", plan.name);
         *keeper = Some(self.watch(plan.clone(), process, None, self.images_of(plan), &slot));
-        self.have_devices(plan, &slot)?;
+        let devices = self.have_devices(plan, &slot);
         self.replace_outdated(plan, &status);
-        Ok(true)
+        devices.map(|()| true)
     }
 
     /// Has a worker of an older program make room for one of the installed program. It serves either way.
