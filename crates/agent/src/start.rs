@@ -137,7 +137,7 @@ impl Starter {
             self.tell_of_stale(&plan, disk, &chosen.stale);
         }
         let remembered = plan.clone();
-        self.backends.start(plan, why, || self.open(&disks, chosen))?;
+        self.backends.start(plan, why, || self.open(&disks, chosen, why))?;
         self.remember(&remembered, &records, floors.as_ref());
         Ok(())
     }
@@ -185,7 +185,12 @@ impl Starter {
         token_of(&self.config, &disk.source, disk.header.as_deref(), disk.disk)
     }
 
-    fn open(&self, disks: &[PlannedDisk], chosen: Vec<Chosen>) -> Result<Vec<(OpenVolume, Dek)>, NoStart> {
+    fn open(
+        &self,
+        disks: &[PlannedDisk],
+        chosen: Vec<Chosen>,
+        why: Why,
+    ) -> Result<Vec<(OpenVolume, Dek)>, NoStart> {
         let host = (self.host)();
         let until = Instant::now() + HELD;
         let mut volumes = Vec::with_capacity(disks.len());
@@ -214,7 +219,11 @@ impl Starter {
                     }
                 }
             };
-            if let Err(error) = volume.hold(host) {
+            let held = match why {
+                Why::Starts { .. } => volume.hold(host),
+                Why::Runs => volume.hold_again(host),
+            };
+            if let Err(error) = held {
                 return Err(Refusal::new(error.code(), causes(&error)).about(&disk.target).into());
             }
             volume.setup.export = disk.class.export();

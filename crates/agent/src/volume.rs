@@ -101,6 +101,14 @@ pub enum VolumeError {
         /// Bytes that must be there.
         expected: u64,
     },
+    /// The owner block cannot be read now.
+    #[error("whose {} is cannot be read; nothing was done, try again", path.display())]
+    OwnerUnread {
+        /// Where the block lies.
+        path: PathBuf,
+        /// Why.
+        source: OwnerError,
+    },
     /// The owner block says nothing.
     #[error(
         "whose {} is cannot be known: make sure that no other host uses it, then have its owner block written anew by \
@@ -120,6 +128,14 @@ pub enum VolumeError {
         /// To whom.
         source: ClaimError,
     },
+    /// Another host had it while the guest of this one ran.
+    #[error("the guest cannot go on with {}", path.display())]
+    Since {
+        /// Where the block lies.
+        path: PathBuf,
+        /// Who.
+        source: ClaimError,
+    },
     /// A record of a home, or one that says another kind of header than was given.
     #[error("the key record is not one of {}: {reason}", path.display())]
     OtherKind {
@@ -135,10 +151,11 @@ impl VolumeError {
     pub fn code(&self) -> Code {
         match self {
             Self::Locked { lock: LockError::InUse { .. }, .. } | Self::Elsewhere { .. } => Code::VolumeInUse,
+            Self::Since { .. } => Code::Conflict,
             Self::Io { source, .. } if source.kind() == io::ErrorKind::NotFound => Code::NotFound,
             Self::NotRegular { .. } => Code::UnsupportedDisk,
             Self::Rbd(error) => error.code(),
-            Self::Io { .. } | Self::Locked { .. } => Code::Failed,
+            Self::Io { .. } | Self::Locked { .. } | Self::OwnerUnread { .. } => Code::Failed,
             _ => Code::Integrity,
         }
     }
@@ -184,14 +201,32 @@ impl OpenVolume {
         }
         let path = self.owner_path.clone();
         let block = self.owner()?.started_by(host);
-        let block = block.map_err(|source| VolumeError::Elsewhere { path, source })?;
+        self.held(host, &block.map_err(|source| VolumeError::Elsewhere { path, source })?);
+        Ok(())
+    }
+
+    /// The same for a guest that runs here already and whose disk process was lost: nobody had the lock in between.
+    ///
+    /// # Errors
+    ///
+    /// As [`OpenVolume::hold`], and [`VolumeError::Since`]: another host had the volume. It must not be used.
+    pub fn hold_again(&mut self, host: Option<HostId>) -> Result<(), VolumeError> {
+        if self.setup.read_only {
+            return Ok(());
+        }
+        let path = self.owner_path.clone();
+        let block = self.owner()?.gone_on_by(host);
+        self.held(host, &block.map_err(|source| VolumeError::Since { path, source })?);
+        Ok(())
+    }
+
+    fn held(&mut self, host: Option<HostId>, block: &OwnerBlock) {
         self.holder = host;
         if host.is_some()
-            && let Err(error) = self.write_owner(&block).and_then(|()| self.remember_owner(&block))
+            && let Err(error) = self.write_owner(block).and_then(|()| self.remember_owner(block))
         {
             tracing::warn!("the owner block of {} is not written: {error}", self.owner_path.display());
         }
-        Ok(())
     }
 
     /// Writes into the owner block that nobody holds it.
@@ -213,7 +248,11 @@ impl OpenVolume {
         let unreadable = |error: io::Error| OwnerError::Unreadable { kind: error.kind() };
         let block = self.with_owner_file(|file| OwnerBlock::read(file)).map_err(unreadable);
         let block = block.and_then(|block| block);
-        block.map_err(|source| VolumeError::Owner { path: self.owner_path.clone(), source })
+        let path = self.owner_path.clone();
+        block.map_err(|source| match source {
+            OwnerError::Unreadable { .. } => VolumeError::OwnerUnread { path, source },
+            source => VolumeError::Owner { path, source },
+        })
     }
 
     fn write_owner(&self, block: &OwnerBlock) -> io::Result<()> {

@@ -96,6 +96,19 @@ pub enum OwnerError {
     },
 }
 
+impl OwnerError {
+    /// Whether a later release may know what it says.
+    pub fn is_of_a_later_release(&self) -> bool {
+        match self {
+            Self::Version { .. } => true,
+            Self::Damaged { first, second } => {
+                first.is_of_a_later_release() || second.is_of_a_later_release()
+            }
+            _ => false,
+        }
+    }
+}
+
 impl OwnerBlock {
     /// A volume nobody ever held.
     pub const NEVER_HELD: Self =
@@ -129,6 +142,21 @@ impl OwnerBlock {
             }
             (_, Some(host)) => Ok(self.taken_by(host)),
             (_, None) => Ok(*self),
+        }
+    }
+
+    /// The next process for a guest that has been running on `host` all the time, and whose process before this one is
+    /// lost. Between the two the lock was free.
+    ///
+    /// # Errors
+    ///
+    /// [`ClaimError::Since`] if another host had the volume meanwhile: what this guest remembers of it is not so any more.
+    pub fn gone_on_by(&self, host: Option<HostId>) -> Result<Self, ClaimError> {
+        match host {
+            Some(host) if self.host != host && *self != Self::NEVER_HELD => {
+                Err(ClaimError::Since { host: self.host, generation: self.generation })
+            }
+            host => self.started_by(host),
         }
     }
 
@@ -322,6 +350,17 @@ pub enum ClaimError {
         /// Of the block.
         generation: u64,
     },
+    /// While nobody here had the lock.
+    #[error(
+        "host {host} had the volume since (generation {generation}): the guest that runs here would write over what was \
+         written there. Power it off (virsh destroy); it may be started again after that"
+    )]
+    Since {
+        /// Who.
+        host: HostId,
+        /// Of the block.
+        generation: u64,
+    },
 }
 
 #[cfg(test)]
@@ -330,6 +369,21 @@ mod tests {
 
     const A: HostId = HostId::from_bytes([0xa; 16]);
     const B: HostId = HostId::from_bytes([0xb; 16]);
+
+    #[test]
+    fn guest_goes_on_only_where_no_other_host_had_its_volume() {
+        let held = OwnerBlock::NEVER_HELD.taken_by(A);
+        for block in [OwnerBlock::NEVER_HELD, held, held.released(), held.handed_over(A, B)] {
+            assert_eq!(block.gone_on_by(Some(A)), Ok(block.taken_by(A)), "{block:?}");
+        }
+        let moved = held.taken_by(B);
+        for block in [moved, moved.released(), moved.handed_over(B, A)] {
+            let since = ClaimError::Since { host: B, generation: block.generation };
+            assert_eq!(block.gone_on_by(Some(A)), Err(since), "{block:?}");
+            assert!(block.started_by(Some(A)).is_ok(), "a start afresh has no memory of it");
+        }
+        assert_eq!(moved.gone_on_by(None), Ok(moved));
+    }
 
     #[test]
     fn every_state_reads_back() {

@@ -353,6 +353,24 @@ fn volume_is_not_started_while_it_is_on_its_way_to_another_host_or_may_be() {
 }
 
 #[test]
+fn running_guest_goes_on_only_if_no_other_host_had_its_volume_since() {
+    let made = made();
+    let [here, there] = [5, 6].map(|byte| Some(HostId::from_bytes([byte; 16])));
+    let mut open = made.open().unwrap();
+    open.hold(here).unwrap();
+    open.hold_again(here).unwrap();
+    // The lock was free for a while, and that host shut the VM down in order.
+    open.hold(there).unwrap();
+    open.release().unwrap();
+    let before = open.owner().unwrap();
+    let error = open.hold_again(here).unwrap_err();
+    assert_eq!(error.code(), Code::Conflict);
+    assert!(causes(&error).contains("virsh destroy"), "{}", causes(&error));
+    assert_eq!(open.owner().unwrap(), before);
+    open.hold(here).unwrap();
+}
+
+#[test]
 fn read_only_opening_shares_with_readers_and_keeps_writers_out() {
     let made = made();
     let read = || open_locked(&made.path, None, &made.record, &made.dek, "vda", 0, true);
