@@ -128,7 +128,14 @@ impl Custody {
         }
         // Whether it can be done at all is known before there is no way back.
         let given = |block: &OwnerBlock| block.hand_over_to.filter(|_| block.host == host);
-        let blocks = self.volumes.iter().map(Kept::block).collect::<Result<Vec<_>, _>>();
+        // What another host took after an order that was cut short is that one's.
+        let ours = |kept: &Kept| {
+            let block = kept.block()?;
+            let claimed = block.claimed_by(host, None);
+            claimed.map_err(|cause| CustodyError::Claim { target: kept.target(), cause })?;
+            Ok(block)
+        };
+        let blocks = self.volumes.iter().map(ours).collect::<Result<Vec<_>, _>>();
         let blocks = blocks.and_then(|blocks| {
             let other = blocks.iter().filter_map(given).find(|other| *other != to);
             other.map_or(Ok(blocks), |to| Err(CustodyError::GivenTo { to }))
@@ -207,10 +214,11 @@ impl Custody {
             Phase::Drained => self.open(),
             Phase::HandingOver | Phase::HandedOver => {
                 let host = self.host()?;
-                if self.phase() == Phase::HandedOver {
-                    self.check_arbitrated(ended)?;
-                }
+                // Also while it is being handed over: a block may say so already.
+                self.check_arbitrated(ended)?;
                 let claimed = self.claim(host, ended)?;
+                // The locks are here again. If not all blocks are written, handing over again does not rely on them.
+                self.page.set_phase(Phase::HandingOver);
                 return self.take(&claimed);
             }
             phase => return Err(CustodyError::Phase { order: "resume", phase }),
@@ -233,14 +241,16 @@ impl Custody {
 
     /// All locks, then a look at all blocks. On an error what was locked here is let go, unless it was ours before.
     fn claim(&self, host: HostId, ended: Option<HostId>) -> Result<Vec<OwnerBlock>, CustodyError> {
-        let claimed = self.volumes.iter().try_for_each(Kept::lock).and_then(|()| {
+        let has_locks = self.phase() == Phase::HandingOver;
+        let locked = if has_locks { Ok(()) } else { self.volumes.iter().try_for_each(Kept::lock) };
+        let claimed = locked.and_then(|()| {
             let claim = |kept: &Kept| {
                 let claimed = kept.block()?.claimed_by(host, ended);
                 claimed.map_err(|cause| CustodyError::Claim { target: kept.target(), cause })
             };
             self.volumes.iter().map(claim).collect::<Result<Vec<_>, _>>()
         });
-        if claimed.is_err() && self.phase() != Phase::HandingOver {
+        if claimed.is_err() && !has_locks {
             self.volumes.iter().for_each(Kept::unlock);
         }
         claimed
@@ -270,10 +280,7 @@ impl Custody {
         if !self.is_ours() {
             return Err(CustodyError::Phase { order, phase: self.phase() });
         }
-        let away = |kept: &&Kept| kept.volume.store().link().is_some_and(|link| !link.is_connected());
-        if let Some(kept) = self.volumes.iter().find(away) {
-            return Err(CustodyError::NoHelper { target: kept.target() });
-        }
+        self.volumes.iter().try_for_each(Kept::reach)?;
         // A worker that dies in here is followed by one that takes nothing either.
         self.page.set_phase(Phase::Drained);
         self.let_pass(false, Way::Shut);

@@ -120,9 +120,11 @@ impl SharedPage {
         unsafe { AtomicU32::from_ptr(self.base.as_ptr().add(PHASE).cast::<u32>().add(index & 1)) }
     }
 
-    /// What the worker before, or this one, may do with the volumes; none if that was never changed.
+    /// What the worker before, or this one, may do with the volumes; none if that was never changed. What a later program
+    /// wrote and this one does not know writes nothing and lets nothing go.
     pub fn phase(&self) -> Option<Phase> {
-        PHASES.get((self.phase_word(0).load(Ordering::Acquire) as usize).wrapping_sub(1)).copied()
+        let place = (self.phase_word(0).load(Ordering::Acquire) as usize).checked_sub(1)?;
+        Some(PHASES.get(place).copied().unwrap_or(Phase::HandingOver))
     }
 
     /// Says it to the next worker too.

@@ -13,7 +13,7 @@ use std::{
 
 use vmseal_keys::{Dek, SecretError, SecretShare, key_check};
 use vmseal_model::{
-    control::{CONTROL_VERSION, DiskSetup, KEY_SLOT_BYTES, OLDEST_CONTROL_VERSION, Setup},
+    control::{CONTROL_VERSION, DiskSetup, KEY_SLOT_BYTES, OLDEST_CONTROL_VERSION, Phase, Setup},
     id::{DiskId, DomainUuid, VmId},
 };
 use vmseal_xts::{Cipher, XtsError};
@@ -149,6 +149,8 @@ pub fn prepare(setup: &Setup, mut fds: Vec<OwnedFd>, owner: u32) -> Result<Prepa
         .ok_or(SetupError::Malformed("the pid file's name is not a plain file name"))?;
     let keys = KeyMemory::map(keys, &setup.disks)?;
     let page = SharedPage::map(page.as_fd()).map_err(SetupError::SharedPage)?;
+    let phase = page.phase().unwrap_or(if setup.waiting { Phase::Waiting } else { Phase::Serving });
+    let away = !matches!(phase, Phase::Serving | Phase::Drained);
     let (mut exports, mut kept, mut headers) = (Vec::new(), Vec::new(), Vec::new());
     for (at, disk) in setup.disks.iter().enumerate() {
         // A worker before this one may have made it larger.
@@ -161,7 +163,8 @@ pub fn prepare(setup: &Setup, mut fds: Vec<OwnedFd>, owner: u32) -> Result<Prepa
         let mut header = if disk.detached_header { Some(next()?) } else { None };
         let listener = listener(next()?)?;
         let latch = FlushLatch::shared(page.clone(), at);
-        let volume = open_volume(disk, setup, &keys, data, owner).map_err(defect(disk))?.latched(latch);
+        let volume =
+            open_volume(disk, setup, &keys, data, (owner, away)).map_err(defect(disk))?.latched(latch);
         let export =
             Export::new(disk.disk, disk.target.clone(), disk.export, volume).with_serial(&disk.serial);
         if !disk.read_only {
@@ -201,7 +204,7 @@ fn open_volume(
     setup: &Setup,
     keys: &KeyMemory,
     data: OwnedFd,
-    owner: u32,
+    (owner, away): (u32, bool),
 ) -> Result<Volume, DiskDefect> {
     let layout = layout_of(disk)?;
     let cipher =
@@ -211,7 +214,7 @@ fn open_volume(
             return Err(DiskDefect::Value("a volume behind a store helper cannot grow"));
         }
         // Where another host has the lock no helper can have it.
-        let bytes = setup.waiting.then_some(layout.payload_offset + layout.presented);
+        let bytes = away.then_some(layout.payload_offset + layout.presented);
         let store = RemoteStore::new(data, owner, bytes).map_err(|error| DiskDefect::Store(error.into()))?;
         return Volume::new(Box::new(store), cipher, layout).map_err(DiskDefect::Volume);
     }

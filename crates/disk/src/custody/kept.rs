@@ -44,6 +44,15 @@ impl HeaderFile for Medium<'_> {
 }
 
 impl Kept {
+    /// Without its helper a network store answers nobody, and an order would wait for ever.
+    pub(super) fn reach(&self) -> Result<(), CustodyError> {
+        let link = self.volume.store().link();
+        if link.is_some_and(|link| !link.is_connected()) {
+            return Err(CustodyError::NoHelper { target: self.target() });
+        }
+        Ok(())
+    }
+
     fn medium(&self) -> Medium<'_> {
         match &self.header {
             Some(header) => Medium(header),
@@ -57,12 +66,14 @@ impl Kept {
 
     /// Reads the block from the medium, not from what this host remembers of it.
     pub(super) fn block(&self) -> Result<OwnerBlock, CustodyError> {
+        self.reach()?;
         let medium = self.medium();
         medium.0.forget_cached();
         OwnerBlock::read(&medium).map_err(|cause| CustodyError::Block { target: self.target(), cause })
     }
 
     pub(super) fn write(&self, block: &OwnerBlock) -> Result<Ownership, CustodyError> {
+        self.reach()?;
         let written = block.write(&self.medium());
         written.map_err(|cause| CustodyError::Write { target: self.target(), cause })?;
         Ok(self.ownership(block))
@@ -74,11 +85,8 @@ impl Kept {
     }
 
     pub(super) fn lock(&self) -> Result<(), CustodyError> {
-        let store = self.volume.store();
-        if store.link().is_some_and(|link| !link.is_connected()) {
-            return Err(CustodyError::NoHelper { target: self.target() });
-        }
-        let Some(data) = store.file() else { return Ok(()) };
+        self.reach()?;
+        let Some(data) = self.volume.store().file() else { return Ok(()) };
         let header = self.header.as_ref().and_then(|header| header.file());
         lock::take(data, header).map_err(|cause| CustodyError::Lock { target: self.target(), cause })
     }

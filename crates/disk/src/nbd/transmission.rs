@@ -126,7 +126,13 @@ impl Connection<'_> {
             match request.check(&self.export.volume().layout(), self.session) {
                 Ok(Command::Disconnect) => return Ok(false),
                 Ok(command) if self.lane.has_room() => self.take_up(request, command)?,
-                Ok(command) if passes(self.export.volume(), command) => self.take_beside(request, command)?,
+                Ok(command) if reads(command) && self.lane.has_room_for(Way::Reading) => {
+                    self.take_beside(request, command)?;
+                }
+                // Everything before it is durable; looked at after it came.
+                Ok(Command::Flush) if self.export.volume().is_at_rest() => {
+                    self.simple_reply(request.cookie, 0);
+                }
                 Ok(_) => {
                     self.held = Some(request);
                     break;
@@ -146,16 +152,8 @@ impl Connection<'_> {
         Ok(true)
     }
 
-    /// Takes up what may be done while the volume's gate is not open.
+    /// Takes up a look at the volume while its gate is open for readers only.
     fn take_beside(&mut self, request: Request, command: Command) -> Result<(), NbdError> {
-        if command == Command::Flush {
-            self.simple_reply(request.cookie, 0);
-            return Ok(());
-        }
-        if !self.lane.has_room_for(Way::Reading) {
-            self.held = Some(request);
-            return Ok(());
-        }
         // Another process writes there, maybe on another host.
         self.export.volume().store().forget_cached();
         match self.export.volume().remeasure() {
@@ -385,11 +383,15 @@ impl Connection<'_> {
 fn passes(volume: &Volume, command: Command) -> bool {
     let way = volume.gate().way();
     match command {
-        Command::Read | Command::BlockStatus { .. } => way >= Way::Reading,
+        command if reads(command) => way >= Way::Reading,
         Command::Flush => way == Way::Open || volume.is_at_rest(),
-        Command::Write { .. } | Command::WriteZeroes { .. } | Command::Trim { .. } => way == Way::Open,
         Command::Disconnect => true,
+        _ => way == Way::Open,
     }
+}
+
+fn reads(command: Command) -> bool {
+    matches!(command, Command::Read | Command::BlockStatus { .. })
 }
 
 /// Whether there is something to receive within so many milliseconds.

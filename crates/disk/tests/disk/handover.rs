@@ -4,7 +4,10 @@
 use std::{
     fs::{File, OpenOptions},
     net::Shutdown,
-    os::unix::net::UnixStream,
+    os::{
+        fd::{AsRawFd, FromRawFd},
+        unix::net::UnixStream,
+    },
     path::PathBuf,
     sync::{
         Arc, Mutex,
@@ -621,6 +624,56 @@ fn block_device_is_taken_back_only_by_who_knows_that_nobody_takes_it() {
     activate(&destination, None).unwrap();
     let mut client = Client::connect(&destination.disk().socket).unwrap();
     assert!(client.read(0, 8192).unwrap() == [pattern(1, 4096), pattern(2, 4096)].concat());
+}
+
+/// A header that can be read and locked, and not written.
+fn sealed_header() -> File {
+    // SAFETY: a name that is terminated; the descriptor is new and this test's.
+    let file = unsafe {
+        let fd = libc::memfd_create(c"header".as_ptr(), libc::MFD_CLOEXEC | libc::MFD_ALLOW_SEALING);
+        assert!(fd >= 0);
+        File::from_raw_fd(fd)
+    };
+    file.set_len(16 * MIB).unwrap();
+    // SAFETY: seals of a descriptor that is open.
+    assert_eq!(unsafe { libc::fcntl(file.as_raw_fd(), libc::F_ADD_SEALS, libc::F_SEAL_WRITE) }, 0);
+    file
+}
+
+#[test]
+fn hand_over_that_was_cut_short_writes_nothing_over_what_the_other_host_took() {
+    let detached = Spec { detached_header: true, payload_offset: 0, ..Spec::fixed(17 * MIB) };
+    let mut plan = Plan::new(&[Spec::fixed(MIB), detached]);
+    let header = sealed_header();
+    plan.disks[1].header = Some(format!("/proc/self/fd/{}", header.as_raw_fd()).into());
+    let device = LoopDevice::of(&plan.disks[0].file);
+    if let Some(device) = &device {
+        plan.disks[0].file.clone_from(&device.0);
+    }
+    plan.host = Some(host(1));
+    let source = plan.start();
+    let first = source.plan.disks[0].open();
+    let why = hand_over_all(&source, host(2)).unwrap_err();
+    assert!(why.contains("vdb") && why.contains("owner block cannot be written"), "{why}");
+    assert_eq!(source.status().phase, Phase::HandingOver);
+    let given = OwnerBlock::read(&first).unwrap();
+    assert_eq!((given.state, given.hand_over_to), (OwnerState::HandedOver, Some(host(2))));
+    // Its lock tells the other host nothing, so what is on the medium counts, whatever was answered.
+    if device.is_some() {
+        let why = ask(&source, &ControlRequest::Resume { ended: None }).unwrap_err();
+        assert!(why.contains("block device") && why.contains(&host(2).to_string()), "{why}");
+    }
+    let taken = given.taken_by(host(2));
+    taken.write(&first).unwrap();
+    for _ in 0..2 {
+        let why = hand_over_all(&source, host(2)).unwrap_err();
+        assert!(why.contains("vda") && why.contains(&host(2).to_string()), "{why}");
+        assert_eq!(OwnerBlock::read(&first).unwrap(), taken);
+        assert_eq!(source.status().phase, Phase::HandingOver);
+    }
+    if device.is_none() {
+        assert!(!lock(&first, None), "the lock stays with who may have to take it back");
+    }
 }
 
 #[test]
