@@ -4,6 +4,7 @@
 //! for nothing; an agent that comes back takes it on again. Which VM should have one is decided elsewhere; one that
 //! ends though nobody asked is reported. What is done to one VM is done in order.
 
+mod owner;
 pub(crate) mod process;
 mod upgrade;
 mod warden;
@@ -31,15 +32,16 @@ use std::{
 };
 
 use vmseal_keys::{Dek, SecretError, SecretShare};
-use vmseal_luks::{OwnerBlock, OwnerError, OwnerState};
 use vmseal_model::{
     class::DiskClass,
     control::{CONTROL_VERSION, ControlReply, ControlRequest, DiskStatus, KEY_SLOT_BYTES, Setup},
-    id::DomainUuid,
+    id::{DomainUuid, HostId},
     refusal::Code,
 };
 
+pub use self::owner::repair_owner_blocks;
 use self::{
+    owner::{release, release_images},
     process::Process,
     upgrade::{is_outdated, upgrade},
     warden::Wardens,
@@ -49,13 +51,13 @@ use crate::{
     causes::causes,
     config::AgentConfig,
     control_frame::{self, FrameError},
-    lock::{Claim, claim, claim_header},
+    identity::JoinedHost,
     rbd::{Location, Served, Tool},
     socket_dir::{self, DiskSocket, Owner, SocketDirError},
     spawn::{Lifetime, ServiceUser, SpawnError, spawn},
     start::plan::{Plan, PlannedDisk},
     tasks::Refusal,
-    volume::{OpenVolume, open_regular},
+    volume::OpenVolume,
 };
 
 /// How long a new process may take to be ready.
@@ -295,7 +297,8 @@ impl Backends {
     pub fn adopt(&self, plan: &Plan) -> Result<bool, BackendError> {
         let slot = self.slot(plan.domain);
         let mut keeper = lock(&slot.keeper);
-        if keeper.is_some() {
+        if let Some(keeper) = &*keeper {
+            self.have_images(keeper);
             self.have_devices(plan, &slot)?;
             return Ok(true);
         }
@@ -402,18 +405,28 @@ impl Backends {
     /// The process behind the control socket of a plan's domain.
     fn find(&self, plan: &Plan) -> Result<Option<(Process, DiskStatus)>, BackendError> {
         let path = self.config.control_socket(plan.domain);
-        let status = match control_frame::ask(&path, &ControlRequest::Status, Instant::now() + ANSWER) {
-            Ok(ControlReply::Status(status)) => status,
-            // It says why it cannot serve, and ends.
-            Ok(_) => return Ok(None),
-            Err(FrameError::Io(e)) if nobody_there(&e) => return Ok(None),
-            Err(error) => return Err(BackendError::Silent(error)),
+        let until = Instant::now() + ANSWER;
+        let status = loop {
+            match control_frame::ask(&path, &ControlRequest::Status, until) {
+                Ok(ControlReply::Status(status)) => break status,
+                // It says why it cannot serve, and ends.
+                Ok(_) => return Ok(None),
+                // A worker that ended while it was asked; a keeper that listens on has the next one answer.
+                Err(FrameError::Io(e)) if was_cut_off(&e) && Instant::now() < until => {}
+                Err(FrameError::Io(e)) if nobody_there(&e) => return Ok(None),
+                Err(error) => return Err(BackendError::Silent(error)),
+            }
         };
         if status.domain != plan.domain {
             return Err(BackendError::OtherVm);
         }
         // One that ended between its answer and now is none.
         Ok(self.process(status.keeper_pid).ok().map(|process| (process, status)))
+    }
+
+    /// Whose name stands in owner blocks.
+    fn host(&self) -> Option<HostId> {
+        JoinedHost::load(&self.config.state_dir).ok().flatten().map(|joined| joined.host)
     }
 
     /// A keeper by the pid it told.
@@ -532,8 +545,9 @@ impl Backends {
             keeper.process.wait_for(END);
         }
         self.remove_sockets(domain);
-        release(&keeper.plan);
-        release_images(&keeper.images, Some(&keeper.plan));
+        let host = self.host();
+        release(&keeper.plan, host);
+        release_images(&keeper.images, Some(&keeper.plan), host);
         Ok(())
     }
 
@@ -564,7 +578,7 @@ impl Backends {
             if keeper.as_ref().is_some_and(|keeper| keeper.generation == generation) {
                 let ended = keeper.take();
                 // Whoever starts it again opens the images anew.
-                ended.iter().for_each(|ended| release_images(&ended.images, None));
+                ended.iter().for_each(|ended| release_images(&ended.images, None, None));
                 let how = status.map_or("ended".to_owned(), |status| format!("ended: {status}"));
                 tracing::error!(domain = %plan.domain, keeper = process.pid(), "the disk process of VM '{}' {how}", plan.name);
                 let _ = lost.send(BackendLost { plan });
@@ -574,6 +588,14 @@ impl Backends {
             tracing::error!(domain = %keeper.plan.domain, "the disk process is not watched: {error}");
         }
         keeper
+    }
+
+    /// Has helpers watched that could not be when their disk process was taken on.
+    fn have_images(&self, keeper: &Keeper) {
+        let mut images = lock(&keeper.images);
+        if images.is_empty() {
+            *images = self.images_of(&keeper.plan);
+        }
     }
 
     /// The images of a disk process that an earlier run of the agent started, watched over again.
@@ -622,64 +644,8 @@ fn serves(status: &DiskStatus, plan: &Plan) -> bool {
     status.vm == plan.vm && plan.disks.iter().all(one)
 }
 
-/// Writes into the owner blocks that nobody holds the volumes any more. Information only, so what fails is let be.
-fn release(plan: &Plan) {
-    for disk in plan.disks.iter().filter(|disk| !disk.read_only) {
-        if Location::of_path(&disk.source).is_some() {
-            continue;
-        }
-        let path = disk.header.as_deref().unwrap_or(&disk.source);
-        let Ok(file) = open_regular(path, true) else { continue };
-        // Whoever has the lock by now writes the block himself.
-        let free = match &disk.header {
-            Some(_) => claim_header(&file, false),
-            None => claim(&file, Claim::Volume),
-        };
-        if free.is_ok()
-            && let Ok(owner) = OwnerBlock::read(&file)
-            // What was handed over waits for its receiver.
-            && owner.state == OwnerState::Held
-        {
-            let _ = owner.released().write(&file);
-        }
-    }
-}
-
-/// Gives images back, their locks with them; with a plan, their owner blocks say so. Information only.
-fn release_images(images: &Mutex<Vec<Served>>, plan: Option<&Plan>) {
-    for mut image in lock(images).drain(..) {
-        let at = image.location().to_string();
-        let writes = |plan: &Plan| plan.disks.iter().any(|disk| !disk.read_only && *disk.source == *at);
-        if plan.is_some_and(writes)
-            && let Ok(channel) = image.channel()
-            && let Ok(owner) = OwnerBlock::read(&channel)
-            // What was handed over waits for its receiver.
-            && owner.state == OwnerState::Held
-        {
-            let _ = owner.released().write(&channel);
-        }
-        image.end();
-    }
-}
-
-/// Writes anew what owner blocks say nothing any more; gives whether there was one. Whose the volume was is forgotten, so
-/// this is for an administrator to order; a volume that somebody uses on any host that shares its locks is left alone.
-pub fn repair_owner_blocks(plan: &Plan) -> Result<bool, BackendError> {
-    let mut repaired = false;
-    for disk in plan.disks.iter().filter(|disk| !disk.read_only) {
-        let path = disk.header.as_deref().unwrap_or(&disk.source);
-        let Ok(file) = open_regular(path, true) else { continue };
-        let free = match &disk.header {
-            Some(_) => claim_header(&file, false),
-            None => claim(&file, Claim::Volume),
-        };
-        if free.is_ok() && matches!(OwnerBlock::read(&file), Err(OwnerError::Damaged { .. })) {
-            let io = |source| BackendError::Io { action: "write", path: path.to_owned(), source };
-            OwnerBlock::NEVER_HELD.released().write(&file).map_err(io)?;
-            repaired = true;
-        }
-    }
-    Ok(repaired)
+fn was_cut_off(error: &io::Error) -> bool {
+    matches!(error.kind(), io::ErrorKind::ConnectionReset | io::ErrorKind::UnexpectedEof)
 }
 
 fn nobody_there(error: &io::Error) -> bool {

@@ -276,7 +276,7 @@ impl DomainXml {
     ///
     /// [`XmlError::NoDisk`].
     pub fn encrypt_disk(&mut self, target: &str, source: &EncryptedSource) -> Result<Aside, XmlError> {
-        let (mut aside, cpus) = (self.aside(target), self.cpus());
+        let (mut aside, cpus) = (self.aside(source.disk), self.cpus());
         let disk = self.disk_mut(target)?;
         let image = rbd_disk::enter(disk, &aside);
         let stays = match source.class {
@@ -305,13 +305,19 @@ impl DomainXml {
         Ok(aside)
     }
 
-    /// Makes a disk of ours a disk in a file, or an RBD image, again.
+    /// Makes a disk of ours, with this id, a disk in a file, or an RBD image, again.
     ///
     /// # Errors
     ///
     /// [`XmlError::NoDisk`].
-    pub fn clear_disk(&mut self, target: &str, path: &str, format: InnerFormat) -> Result<(), XmlError> {
-        let aside = self.aside(target);
+    pub fn clear_disk(
+        &mut self,
+        target: &str,
+        id: DiskId,
+        path: &str,
+        format: InnerFormat,
+    ) -> Result<(), XmlError> {
+        let aside = self.aside(id);
         let disk = self.disk_mut(target)?;
         leave(disk, &aside);
         set_driver(disk, format, false);
@@ -348,10 +354,10 @@ impl DomainXml {
         self.encrypt_disk(target, source)
     }
 
-    /// What is set aside of a disk, as far as that can be read.
-    fn aside(&self, target: &str) -> Aside {
+    /// What is set aside of a disk, as far as that can be read. By its id: its target is whoever edits the definition's.
+    fn aside(&self, disk: DiskId) -> Aside {
         let disks = self.metadata().ok().flatten().map(|metadata| metadata.disks).unwrap_or_default();
-        disks.into_iter().find(|disk| disk.target == target).map(|disk| disk.aside).unwrap_or_default()
+        disks.into_iter().find(|known| known.disk == disk).map(|known| known.aside).unwrap_or_default()
     }
 
     /// CPUs the guest may have.

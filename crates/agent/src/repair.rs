@@ -46,10 +46,10 @@ impl Repairer {
         let mut done = Vec::new();
         if !matches!(self.reconciler.backends.adopt(&plan), Ok(true)) {
             self.serve(&info, &plan)?;
-            done.push("its disks are served again");
+            done.push("its disks are served again".to_owned());
         }
         if self.reconciler.hypervisor.resume_after_io_error(domain)? {
-            done.push("the guest goes on");
+            done.push("the guest goes on".to_owned());
         }
         self.finish(&info, &plan, done)
     }
@@ -74,11 +74,8 @@ impl Repairer {
         }
         match self.reconciler.plan_of(info.uuid)? {
             Some(plan) => {
-                let mut done = Vec::new();
-                if repair_owner_blocks(&plan).map_err(Refusal::from)? {
-                    done.push("a damaged owner block was written anew");
-                }
-                self.finish(info, &plan, done)
+                let blocks = repair_owner_blocks(&self.reconciler.config, &plan);
+                self.finish(info, &plan, blocks)
             }
             None => {
                 let text = format!("VM '{}' has no encrypted disk", info.name);
@@ -87,12 +84,12 @@ impl Repairer {
         }
     }
 
-    fn finish(&self, info: &DomainInfo, plan: &Plan, mut done: Vec<&str>) -> Result<String, Refusal> {
+    fn finish(&self, info: &DomainInfo, plan: &Plan, mut done: Vec<String>) -> Result<String, Refusal> {
         if self.reconciler.repair_metadata(info, plan)? {
-            done.push("its metadata was written anew");
+            done.push("its metadata was written anew".to_owned());
         }
         if info.state.has_qemu() && self.reconciler.repair_tokens(plan)? {
-            done.push("records in its volumes' headers were written anew");
+            done.push("records in its volumes' headers were written anew".to_owned());
         }
         let what = if done.is_empty() { "nothing was amiss".to_owned() } else { done.join("; ") };
         Ok(what)

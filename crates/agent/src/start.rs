@@ -7,6 +7,7 @@
 pub mod plan;
 
 use std::{
+    cell::Cell,
     collections::HashMap,
     sync::Arc,
     thread,
@@ -137,9 +138,14 @@ impl Starter {
             self.tell_of_stale(&plan, disk, &chosen.stale);
         }
         let remembered = plan.clone();
-        self.backends.start(plan, why, || self.open(&disks, chosen, why))?;
-        self.remember(&remembered, &records, floors.as_ref());
-        Ok(())
+        let opened = Cell::new(false);
+        let open = || self.open(&disks, chosen, why).inspect(|_| opened.set(true));
+        let started = self.backends.start(plan, why, open);
+        // A guest that goes on may lack a block device yet; its records are in use all the same.
+        if started.is_ok() || (opened.get() && matches!(why, Why::Runs)) {
+            self.remember(&remembered, &records, floors.as_ref());
+        }
+        started
     }
 
     /// The record and key of every disk.

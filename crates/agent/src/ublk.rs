@@ -5,19 +5,23 @@
 
 use std::{
     fs::{self, File},
-    io::Read as _,
+    io::{self, Read as _},
     path::Path,
     process::{Command, Stdio},
+    thread,
+    time::Duration,
 };
 
 use vmseal_model::class::HostCapabilities;
 
-use crate::config::AgentConfig;
+use crate::{backend::process::Process, config::AgentConfig};
 
 /// Who answers there makes devices.
 const CONTROL: &str = "/dev/ublk-control";
 /// The kernel's module.
 const MODULE: &str = "ublk_drv";
+/// How long loading it may take.
+const LOADED: Duration = Duration::from_secs(2);
 /// Most bytes read of a list of modules.
 const MAX_LIST: u64 = 16 << 20;
 
@@ -65,15 +69,33 @@ pub fn load(root: &Path) -> Result<(), String> {
     if at(root, CONTROL).exists() {
         return Ok(());
     }
-    let mut modprobe = Command::new("modprobe");
-    modprobe.arg(MODULE).stdin(Stdio::null()).env_clear().env("PATH", "/usr/sbin:/sbin:/usr/bin:/bin");
-    let said = match modprobe.output() {
-        Ok(output) if output.status.success() && at(root, CONTROL).exists() => return Ok(()),
-        Ok(output) if output.status.success() => format!("{CONTROL} does not appear"),
-        Ok(output) => String::from_utf8_lossy(&output.stderr).trim().to_owned(),
+    let said = match modprobe() {
+        Ok(said) if said.is_empty() && at(root, CONTROL).exists() => return Ok(()),
+        Ok(said) if said.is_empty() => format!("{CONTROL} does not appear"),
+        Ok(said) => said,
         Err(error) => format!("modprobe: {error}"),
     };
     Err(format!("its kernel's module {MODULE} cannot be loaded: {said}"))
+}
+
+/// Loads the module; what is said of it if that fails. A VM that starts does not wait for one that hangs in the kernel.
+fn modprobe() -> io::Result<String> {
+    let mut command = Command::new("modprobe");
+    command.arg(MODULE).env_clear().env("PATH", "/usr/sbin:/sbin:/usr/bin:/bin");
+    let mut child = command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped()).spawn()?;
+    let ended = Process::open(child.id().cast_signed()).is_ok_and(|process| process.wait_for(LOADED));
+    if !ended {
+        let _ = child.kill();
+        thread::Builder::new().name("modprobe".to_owned()).spawn(move || child.wait())?;
+        return Err(io::Error::other(format!("it has not ended within {} s", LOADED.as_secs())));
+    }
+    let output = child.wait_with_output()?;
+    let said = String::from_utf8_lossy(&output.stderr).trim().to_owned();
+    Ok(match (output.status.success(), said.is_empty()) {
+        (true, _) => String::new(),
+        (false, true) => output.status.to_string(),
+        (false, false) => said,
+    })
 }
 
 /// Why io_uring is not for everybody here, in one line.

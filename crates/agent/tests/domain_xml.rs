@@ -173,7 +173,7 @@ fn cleared_disk_is_as_before_but_for_what_only_held_there() {
     let mut xml = DomainXml::parse(FULL).unwrap();
     let before = xml.clone();
     xml.encrypt_disk("sda", &EncryptedSource { format: InnerFormat::Raw, ..source() }).unwrap();
-    xml.clear_disk("sda", "/var/lib/libvirt/images/data.img", InnerFormat::Raw).unwrap();
+    xml.clear_disk("sda", source().disk, "/var/lib/libvirt/images/data.img", InnerFormat::Raw).unwrap();
     let mut disk = disk_element(&xml, "sda");
     let driver = disk.child_mut("driver").unwrap();
     assert_eq!((driver.get("cache"), driver.get("discard")), (Some("none"), Some("unmap")));
@@ -215,13 +215,14 @@ fn rbd_disk_comes_back_with_its_monitors_and_the_name_of_its_secret() {
                 format: InnerFormat::Raw,
                 class,
                 aside,
+                disk: source().disk,
                 ..metadata().disks.remove(0)
             };
             xml.set_disks(vm, domain, vec![disk]).unwrap();
             xml = DomainXml::parse(&xml.to_xml()).unwrap();
             assert!(xml.metadata().unwrap().is_some());
         }
-        xml.clear_disk("vda", &image.to_string(), InnerFormat::Raw).unwrap();
+        xml.clear_disk("vda", source().disk, &image.to_string(), InnerFormat::Raw).unwrap();
         xml.set_disks(VmId::from_bytes([1; 16]), before.uuid().unwrap(), Vec::new()).unwrap();
         assert_eq!(xml.disks(), before.disks());
         for part in [secret, hosts] {
@@ -248,7 +249,10 @@ fn disk_without_driver_gets_one() {
 fn missing_disk_is_named() {
     let mut xml = DomainXml::parse(FULL).unwrap();
     assert_eq!(xml.encrypt_disk("vdz", &source()), Err(XmlError::NoDisk { target: "vdz".into() }));
-    assert_eq!(xml.clear_disk("", "/x", InnerFormat::Raw), Err(XmlError::NoDisk { target: "".into() }));
+    assert_eq!(
+        xml.clear_disk("", source().disk, "/x", InnerFormat::Raw),
+        Err(XmlError::NoDisk { target: "".into() })
+    );
 }
 
 #[test]
@@ -410,7 +414,7 @@ fn libvirt_takes_what_we_write_and_gives_it_back() {
                 (Some("stop"), Some("stop"))
             );
         }
-        read.clear_disk(target, "/x/web'01 & more.img", InnerFormat::Raw).unwrap();
+        read.clear_disk(target, source().disk, "/x/web'01 & more.img", InnerFormat::Raw).unwrap();
         read.remove_metadata();
         let cleared = through_libvirt(&read, &dir);
         assert_eq!(cleared.disk(target).unwrap().source, DiskSource::File("/x/web'01 & more.img".into()));
@@ -451,11 +455,15 @@ fn attributes(element: &Element) -> Vec<String> {
 }
 
 /// Puts a disk's class into definition and metadata, as a task does.
+fn id_of(target: &str) -> DiskId {
+    DiskId::from_bytes([target.as_bytes()[2]; 16])
+}
+
 fn set_class(xml: &mut DomainXml, target: &str, class: DiskClass) {
     let mut disks = xml.metadata().unwrap().map(|m| m.disks).unwrap_or_default();
-    let aside = xml.encrypt_disk(target, &EncryptedSource { class, ..fast_source() }).unwrap();
-    disks.retain(|disk| disk.target != target);
-    let id = DiskId::from_bytes([target.as_bytes()[2]; 16]);
+    let id = id_of(target);
+    let aside = xml.encrypt_disk(target, &EncryptedSource { class, disk: id, ..fast_source() }).unwrap();
+    disks.retain(|disk| disk.disk != id);
     let target = target.to_owned();
     disks.push(DiskMetadata { target, disk: id, class, aside, ..metadata().disks[0].clone() });
     xml.set_disks(metadata().vm, metadata().domain, disks).unwrap();
@@ -494,6 +502,12 @@ fn libvirt_takes_fast_disks_and_all_that_was_set_aside_comes_back() {
         aside
     );
 
+    // Nor does one whose target somebody changed: what was set aside is the disk's, not the name's.
+    let renamed = fast.to_xml().replace("<target dev='vda'", "<target dev='vdz'");
+    let mut renamed = DomainXml::parse(&renamed).unwrap();
+    renamed.clear_disk("vdz", id_of("vda"), "/x/a.img", InnerFormat::Raw).unwrap();
+    assert_eq!(disk_element(&renamed, "vdz").child("serial"), disk_element(&plain, "vda").child("serial"));
+
     let mut compatible = fast.clone();
     set_class(&mut compatible, "vda", DiskClass::Compatible);
     assert!(compatible.to_xml().contains("<access mode='shared'/>"), "the other one is fast still");
@@ -510,8 +524,8 @@ fn libvirt_takes_fast_disks_and_all_that_was_set_aside_comes_back() {
     assert!(!tuned.iter().any(|part| part.starts_with("queues")), "{tuned:?}");
 
     // Straight to clear, all is as it was.
-    fast.clear_disk("vda", "/x/a.img", InnerFormat::Raw).unwrap();
-    fast.clear_disk("vdb", "/x/b.img", InnerFormat::Raw).unwrap();
+    fast.clear_disk("vda", id_of("vda"), "/x/a.img", InnerFormat::Raw).unwrap();
+    fast.clear_disk("vdb", id_of("vdb"), "/x/b.img", InnerFormat::Raw).unwrap();
     fast.set_disks(metadata().vm, metadata().domain, Vec::new()).unwrap();
     let shared = fast.to_xml().contains("<access mode='shared'/>");
     assert!(shared, "vdc, which nobody told of, works in the guest's memory");
@@ -536,10 +550,10 @@ fn libvirt_takes_block_devices_and_all_that_was_set_aside_comes_back() {
     set_class(&mut xml, "vdb", DiskClass::Ublk);
     xml.add_encrypted_disk("sda", &EncryptedSource { class: DiskClass::Ublk, ..source() }).unwrap();
     let mut ublk = through_libvirt(&xml, &dir);
-    let device = format!("/dev/vmseal/{}", source().disk);
     let driver = |xml: &DomainXml, target| attributes(disk_element(xml, target).child("driver").unwrap());
-    for target in ["vda", "vdb", "sda"] {
-        assert_eq!(ublk.disk(target).unwrap().source, DiskSource::Block(device.clone()), "{target}");
+    for (target, id) in [("vda", id_of("vda")), ("vdb", id_of("vdb")), ("sda", source().disk)] {
+        let device = format!("/dev/vmseal/{id}");
+        assert_eq!(ublk.disk(target).unwrap().source, DiskSource::Block(device), "{target}");
         for part in ["cache=none", "io=io_uring", "discard=unmap", "error_policy=stop", "rerror_policy=stop"]
         {
             assert!(driver(&ublk, target).iter().any(|p| p == part), "{part} in {:?}", driver(&ublk, target));
@@ -569,8 +583,8 @@ fn libvirt_takes_block_devices_and_all_that_was_set_aside_comes_back() {
             set_class(&mut clear, "vdb", *class);
             clear = through_libvirt(&clear, &dir);
         }
-        clear.clear_disk("vda", "/x/a.img", InnerFormat::Raw).unwrap();
-        clear.clear_disk("vdb", "/x/b.img", InnerFormat::Raw).unwrap();
+        clear.clear_disk("vda", id_of("vda"), "/x/a.img", InnerFormat::Raw).unwrap();
+        clear.clear_disk("vdb", id_of("vdb"), "/x/b.img", InnerFormat::Raw).unwrap();
         for target in ["vda", "vdb"] {
             let (now, before) = (disk_element(&clear, target), disk_element(&plain, target));
             assert_eq!(attributes(&now), attributes(&before), "{way:?}");

@@ -97,12 +97,11 @@ pub enum OwnerError {
 }
 
 impl OwnerError {
-    /// Whether a later release may know what it says.
-    pub fn is_of_a_later_release(&self) -> bool {
+    /// Whether a block may be written anew over this: it says nothing, neither to us nor to a later release.
+    pub fn is_rubble(&self) -> bool {
         match self {
-            Self::Version { .. } => true,
             Self::Damaged { first, second } => {
-                first.is_of_a_later_release() || second.is_of_a_later_release()
+                [first, second].iter().all(|copy| !matches!(***copy, Self::Version { .. }))
             }
             _ => false,
         }

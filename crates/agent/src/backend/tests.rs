@@ -8,7 +8,12 @@ use vmseal_model::{
 };
 
 use super::*;
-use crate::scratch::Scratch;
+use vmseal_luks::{OwnerBlock, OwnerState};
+
+use crate::{
+    lock::{Claim, claim},
+    scratch::Scratch,
+};
 
 const DOMAIN: DomainUuid = DomainUuid::from_bytes([1; 16]);
 const VM: VmId = VmId::from_bytes([3; 16]);
@@ -173,16 +178,26 @@ fn owner_block_that_says_nothing_is_written_anew_and_no_other() {
     let (here, there) = (HostId::from_bytes([1; 16]), HostId::from_bytes([2; 16]));
     let given = OwnerBlock::NEVER_HELD.taken_by(here).handed_over(here, there);
     given.write(&file).unwrap();
-    assert!(!repair_owner_blocks(&plan).unwrap());
-    release(&plan);
+    let config = AgentConfig::default();
+    let repaired = |plan: &Plan| repair_owner_blocks(&config, plan).join("\n");
+    assert_eq!(repaired(&plan), "");
+    release(&plan, Some(here));
     assert_eq!(OwnerBlock::read(&file), Ok(given), "what was handed over waits for its receiver");
+    let taken = given.taken_by(there);
+    taken.write(&file).unwrap();
+    for host in [Some(here), None] {
+        release(&plan, host);
+        assert_eq!(OwnerBlock::read(&file), Ok(taken), "it is that host's");
+    }
+    release(&plan, Some(there));
+    assert_eq!(OwnerBlock::read(&file), Ok(taken.released()));
     for place in [vmseal_luks::OWNER_BLOCK_OFFSET, vmseal_luks::OWNER_COPY_OFFSET] {
         file.write_all_at(&[1; 512], place).unwrap();
     }
     claim(&file, Claim::Volume).unwrap();
-    assert!(!repair_owner_blocks(&plan).unwrap(), "somebody uses it");
+    assert!(repaired(&plan).contains("of vda was not looked at: ") && repaired(&plan).contains("in use"));
     drop(file);
-    assert!(repair_owner_blocks(&plan).unwrap());
+    assert_eq!(repaired(&plan), "the damaged owner block of vda was written anew");
     let block = OwnerBlock::read(&fs::File::open(&plan.disks[0].source).unwrap()).unwrap();
     assert_eq!((block.state, block.generation), (OwnerState::Free, 1));
 }

@@ -220,7 +220,8 @@ impl Served {
             let left = until.saturating_duration_since(Instant::now());
             state = self.shared.bell.wait_timeout(state, left).unwrap_or_else(PoisonError::into_inner).0;
         }
-        if !state.lock_may_stay {
+        // One that is just being started ends by itself, but may have the lock for a moment yet.
+        if !state.lock_may_stay && state.unwatched {
             Remembered::forget(&self.shared.tool.state_dir, &self.shared.name);
         }
         let _ = fs::remove_file(&self.shared.socket);
@@ -291,6 +292,14 @@ impl Shared {
             return Err(error_of(status, &self.location.name(), &tail(again, from)));
         };
         let mut state = self.state();
+        if state.ending {
+            drop(state);
+            // It came too late, and gives the lock back.
+            let in_order = end_process(&process);
+            let _ = child.wait();
+            self.state().lock_may_stay |= !in_order;
+            return Err(io("go on with")(io::ErrorKind::Interrupted.into()));
+        }
         state.owner = owner;
         state.process = Some(Arc::new(process));
         if let Err(source) = self.remember(&state) {

@@ -110,6 +110,11 @@ impl Location {
         Self { image: image.to_owned(), ..self.clone() }
     }
 
+    /// The same without a user.
+    pub fn anonymous(&self) -> Self {
+        Self { user: None, ..self.clone() }
+    }
+
     /// Pool and image, as definitions and `rbd` have them.
     pub fn name(&self) -> String {
         match &self.namespace {

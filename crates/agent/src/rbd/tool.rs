@@ -204,11 +204,21 @@ impl Tool {
         };
         let mut command = self.command(&arguments);
         let child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn();
-        let child = child.map_err(io("start the helper"))?;
-        let process = Process::open(child.id().cast_signed()).map_err(io("watch the helper"))?;
+        let mut child = child.map_err(io("start the helper"))?;
+        let process = match Process::open(child.id().cast_signed()) {
+            Ok(process) => process,
+            Err(source) => {
+                // What nobody hears of must not go on.
+                let _ = child.kill().and_then(|()| child.wait());
+                return Err(io("watch the helper")(source));
+            }
+        };
         let (sender, receiver) = mpsc::channel();
         let wait = move || drop(sender.send(child.wait_with_output()));
-        thread::Builder::new().name("rbd".to_owned()).spawn(wait).map_err(io("start a thread"))?;
+        if let Err(source) = thread::Builder::new().name("rbd".to_owned()).spawn(wait) {
+            process.kill();
+            return Err(io("start a thread")(source));
+        }
         let output: Output = match receiver.recv_timeout(within) {
             Ok(output) => output.map_err(io("hear the helper"))?,
             Err(_) => {

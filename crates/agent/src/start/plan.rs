@@ -109,6 +109,10 @@ pub fn plan(xml: &DomainXml, config: &AgentConfig, store: &Store) -> Result<Opti
                 disk.ok_or_else(|| unknown(String::new()))?
             }
         };
+        if let Some(other) = disks.iter().find(|other: &&PlannedDisk| other.disk == disk) {
+            return Err(wrong(format!("{} and {target} are the same disk ({disk})", other.target))
+                .hint("take one of the two out of the definition: virsh edit"));
+        }
         let stored = store.disk(disk);
         if let Some((owner, _)) = stored.as_ref().filter(|(owner, _)| vm.is_some_and(|vm| vm != *owner)) {
             return Err(wrong(format!("disk {target} belongs to VM {owner}, which this is not"))
@@ -279,6 +283,18 @@ mod tests {
         assert_eq!((plan.vm, plan.bound, plan.name.as_str()), (VM, false, "web01"));
         assert_eq!(plan.disks[0].source, Path::new("/v.vmseal"));
         assert_eq!(plan.disks[0].in_metadata, Some(vec![1]));
+    }
+
+    #[test]
+    fn disk_that_is_named_twice_is_served_to_nobody() {
+        let lab = Lab::new();
+        let text = lab.xml(DOMAIN, Some(&lab.metadata(DOMAIN, "/v.vmseal"))).to_xml();
+        let (from, to) = (text.find("<disk type='network'").unwrap(), text.find("</devices>").unwrap());
+        let second = text[from..to].replace("vda", "vdb");
+        let twice = DomainXml::parse(&text.replace("</devices>", &format!("{second}</devices>"))).unwrap();
+        let refusal = lab.plan(&twice).unwrap_err();
+        assert!(refusal.message.contains("vda and vdb are the same disk"), "{}", refusal.message);
+        assert!(refusal.hint.contains("virsh edit"));
     }
 
     #[test]

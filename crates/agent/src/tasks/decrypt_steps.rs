@@ -233,7 +233,9 @@ fn apply(world: &World, xml: &mut DomainXml, plan: &DecryptPlan) -> Result<(), R
             ours::behind(&world.config, &world.store, plan.domain, metadata.as_ref(), there)
         });
         match there.map(|there| there.source) {
-            _ if behind == Some(disk.disk) => xml.clear_disk(&disk.target, &disk.clear, disk.format)?,
+            _ if behind == Some(disk.disk) => {
+                xml.clear_disk(&disk.target, disk.disk, &disk.clear, disk.format)?;
+            }
             Some(now) if place::is_at(&now, &disk.clear) => {}
             _ => {
                 let text = format!("disk {} of {} was redefined meanwhile", disk.target, plan.name);

@@ -71,7 +71,8 @@ pub(crate) fn beside(path: &str, suffix: &str) -> PathBuf {
 pub(crate) fn is_at(source: &DiskSource, path: &str) -> bool {
     match source {
         DiskSource::File(there) => there == path,
-        DiskSource::Rbd(there) => there.to_string() == path,
+        // As whom it is asked for is no part of where it is, and a definition without `<auth>` cannot say it.
+        DiskSource::Rbd(there) => Location::parse(path).is_ok_and(|at| there.anonymous() == at.anonymous()),
         _ => false,
     }
 }

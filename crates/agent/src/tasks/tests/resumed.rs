@@ -188,7 +188,7 @@ fn definition_that_cannot_be_switched_wholly_is_not_undone_either() {
     let mut lab = died_at_the_switch((lab, encrypt(&[], SourceFate::Wipe)));
     let (files, switched) = (lab.files(), lab.libvirt.xml(DOMAIN, Definition::Persistent).unwrap());
     let mut half = lab.xml();
-    half.clear_disk("vdb", "/elsewhere.img", InnerFormat::Raw).unwrap();
+    half.clear_disk("vdb", lab.store().vms()[0].disks[1].disk, "/elsewhere.img", InnerFormat::Raw).unwrap();
     lab.libvirt.change(DOMAIN, |_, xml| *xml = half.to_xml());
     resume_until(&mut lab, |report| report.code == Some(Code::Conflict));
     assert_eq!((lab.told.last(TASK).state, lab.files()), (TaskState::Waiting, files.clone()));
@@ -282,7 +282,14 @@ fn going_back_stops_at_files_that_the_definition_names() {
         // As if it had been defined after all: by hand, or by a libvirt that was slow.
         let mut named = lab.xml();
         if word == "decrypt" {
-            named.clear_disk("vda", lab.image("a.img").to_str().unwrap(), InnerFormat::Raw).unwrap();
+            named
+                .clear_disk(
+                    "vda",
+                    lab.store().vms()[0].disks[0].disk,
+                    lab.image("a.img").to_str().unwrap(),
+                    InnerFormat::Raw,
+                )
+                .unwrap();
         } else {
             let disk = lab.store().vms()[0].disks[0].disk;
             let source = EncryptedSource {
