@@ -1,9 +1,13 @@
 //! kill -9 of every process of the house, under guest I/O: no guest error, every acknowledged block is there.
 
 use std::{
+    fs::File,
     path::Path,
     time::{Duration, Instant},
 };
+
+use vmseal_luks::OwnerBlock;
+use vmseal_model::id::HostId;
 
 use vmseal_e2e::{console::Console, house::House, lab::Lab, rounds, shell, writer};
 
@@ -104,6 +108,40 @@ fn lost_keeper_stalls_the_guest_until_somebody_starts_it_again() {
         writer::goes_on(&mut console, "the key came back");
     }
     writer::check(&mut console);
+    house.power_off(&guest, &mut console);
+}
+
+#[test]
+fn guest_whose_volume_another_host_had_meanwhile_does_not_go_on() {
+    let mut house = House::start(Lab::for_test("meanwhile"));
+    let guest = house.guest("worker", &[("vda", "8M", "raw")]);
+    house.define(&guest);
+    house.must_vmseal(&["vm", "encrypt", "worker"]);
+    let mut console = house.boot(&guest);
+    writer::begin(&mut console);
+    writer::goes_on(&mut console, "nothing");
+    let (keeper, _) = house.disk_pids("worker").expect("the disk answers");
+    house.kill_agent();
+    kill(keeper);
+    io_stalls(&mut console);
+    // The lock is free now. What a host does that starts the VM and shuts it down in order.
+    let volume = format!("{}.vmseal", guest.disks[0].1.display());
+    let file = File::options().read(true).write(true).open(&volume).expect("a volume lies there");
+    let other = HostId::from_bytes([0x0b; 16]);
+    let held = OwnerBlock::read(&file).expect("it was held").taken_by(other);
+    held.released().write(&file).expect("own file");
+    drop(file);
+    let before = std::fs::read(&volume).expect("own file");
+
+    house.start_agent();
+    let refused = house.vmseal(&["vm", "repair", "worker"]);
+    for part in ["the guest cannot go on with", &other.to_string(), "had the volume since", "virsh destroy"] {
+        assert!(refused.stderr.contains(part), "{part}: {}", refused.all());
+    }
+    io_stalls(&mut console);
+    assert!(std::fs::read(&volume).expect("own file") == before, "nothing was written");
+    house.libvirtd.must_virsh(&["destroy", "worker"]);
+    let mut console = house.boot(&guest);
     house.power_off(&guest, &mut console);
 }
 
